@@ -1,0 +1,13 @@
+//! Compiles `hallpass.v1` for callers.
+
+use std::error::Error;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(["hallpass/v1/permission_service.proto"], ["proto"])?;
+    tonic_prost_build::configure()
+        .build_server(false)
+        .extern_path(".google.rpc", "::tonic_types::pb")
+        .compile_fds(descriptors)?;
+    Ok(())
+}

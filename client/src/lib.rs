@@ -1,0 +1,60 @@
+//! Client for hallpass: the generated `hallpass.v1` types, and one function that connects.
+//!
+//! ```no_run
+//! use hallpass_client::v1::{CheckPermissionRequest, permission_service_client::PermissionServiceClient};
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let channel = hallpass_client::connect("http://127.0.0.1:50051").await?;
+//! let answer = PermissionServiceClient::new(channel)
+//!     .check_permission(CheckPermissionRequest {
+//!         organization_id: "0b9c3e0e-7f1a-4f0e-9a52-3f1d2c4b5a69".into(),
+//!         user_id: "5d2c7a34-93c1-4e7b-8a0d-1e6f4b3c2d10".into(),
+//!         permission: "can_approve_expenses".into(),
+//!         ..Default::default()
+//!     })
+//!     .await?
+//!     .into_inner();
+//! println!("{} because {:?}", answer.allowed, answer.reason());
+//! # Ok(())
+//! # }
+//! ```
+
+use std::{path::PathBuf, time::Duration};
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Error};
+
+/// The messages and clients of `hallpass.v1`.
+#[allow(
+    clippy::all,
+    unreachable_pub,
+    reason = "generated from proto/hallpass/v1"
+)]
+pub mod v1 {
+    tonic::include_proto!("hallpass.v1");
+}
+
+/// How long a connection attempt may take: a server on the same network answers well within it.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connects to `http://HOST:PORT` or `unix:PATH`.
+///
+/// # Errors
+/// When the address is malformed or nobody answers there within five seconds.
+pub async fn connect(endpoint: &str) -> Result<Channel, Error> {
+    let Some(path) = endpoint.strip_prefix("unix:") else {
+        return Endpoint::from_shared(endpoint.to_owned())?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .connect()
+            .await;
+    };
+    let path = PathBuf::from(path);
+    Endpoint::from_static("http://localhost")
+        .connect_timeout(CONNECT_TIMEOUT)
+        .connect_with_connector(tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        }))
+        .await
+}

@@ -1,0 +1,198 @@
+//! The words of the domain as types: ids, decisions, reasons, positions, the catalog and what is known of one user.
+//!
+//! Invariant: no IO and no async here, and no decision either: PostgreSQL decides in `effective_user_permissions`,
+//! these types remember.
+
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+
+use rustix::time::{ClockId, clock_gettime};
+use uuid::Uuid;
+
+/// An organization's id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OrganizationId(pub Uuid);
+
+/// A user's id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UserId(pub Uuid);
+
+/// What the cache is keyed by: one user in one organization, member or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Subject {
+    pub organization: OrganizationId,
+    pub user: UserId,
+}
+
+/// Why a decision is what it is. The first rule that matches wins, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    UnknownPermission,
+    NotAMember,
+    PermissionDisabled,
+    GrantedByRole,
+    GrantedToUser,
+    RoleTooLow,
+}
+
+impl Reason {
+    /// Whether this reason allows.
+    #[must_use]
+    pub fn allows(self) -> bool {
+        matches!(self, Self::GrantedByRole | Self::GrantedToUser)
+    }
+
+    /// Reads the spelling of `effective_user_permissions.reason`; `None` for any other.
+    #[must_use]
+    pub fn from_sql(name: &str) -> Option<Self> {
+        Some(match name {
+            "PERMISSION_DISABLED" => Self::PermissionDisabled,
+            "GRANTED_BY_ROLE" => Self::GrantedByRole,
+            "GRANTED_TO_USER" => Self::GrantedToUser,
+            "ROLE_TOO_LOW" => Self::RoleTooLow,
+            _ => return None,
+        })
+    }
+}
+
+/// How far a reader is in the log: an entry's number and its random uid. Printed `812-5f0c9ae1`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    pub seq: i64,
+    pub uid: u32,
+}
+
+impl Position {
+    /// The position before the first change.
+    pub const ZERO: Self = Self { seq: 0, uid: 0 };
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if *self == Self::ZERO {
+            return f.write_str("0-0");
+        }
+        write!(f, "{}-{:08x}", self.seq, self.uid)
+    }
+}
+
+/// An instant on the boot-time clock, which goes on while the machine sleeps and never jumps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BootTime(Duration);
+
+impl BootTime {
+    #[must_use]
+    pub fn now() -> Self {
+        // CLOCK_BOOTTIME exists on Linux alone; elsewhere the monotonic clock is the nearest.
+        #[cfg(target_os = "linux")]
+        let clock = ClockId::Boottime;
+        #[cfg(not(target_os = "linux"))]
+        let clock = ClockId::Monotonic;
+        let now = clock_gettime(clock);
+        Self(Duration::new(
+            now.tv_sec.unsigned_abs(),
+            u32::try_from(now.tv_nsec).unwrap_or(0),
+        ))
+    }
+
+    /// The time from `earlier` to `self`; zero when `earlier` is the later one.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// The permissions that exist, ordered by key, as one database snapshot has them.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Catalog {
+    permissions: Vec<PermissionTemplate>,
+    by_key: HashMap<Box<str>, usize>,
+}
+
+/// One permission of the catalog.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PermissionTemplate {
+    pub key: Box<str>,
+    pub name: Box<str>,
+    pub module: Box<str>,
+}
+
+impl Catalog {
+    #[must_use]
+    pub fn new(permissions: Vec<PermissionTemplate>) -> Self {
+        let by_key = permissions
+            .iter()
+            .enumerate()
+            .map(|(index, permission)| (permission.key.clone(), index))
+            .collect();
+        Self {
+            permissions,
+            by_key,
+        }
+    }
+
+    #[must_use]
+    pub fn permissions(&self) -> &[PermissionTemplate] {
+        &self.permissions
+    }
+
+    #[must_use]
+    pub fn index_of(&self, permission: &str) -> Option<usize> {
+        self.by_key.get(permission).copied()
+    }
+}
+
+/// What one snapshot says of one subject: every decision of the catalog, as PostgreSQL made it.
+///
+/// Holds the catalog it was decoded with, so that an index never meets another catalog.
+#[derive(Clone, Debug)]
+pub struct SubjectPermissions {
+    pub catalog: Arc<Catalog>,
+    /// `None` for a user who is no member.
+    pub membership: Option<Membership>,
+}
+
+/// A member's role and one decided permission for each of the catalog's, in its order.
+#[derive(Clone, Debug)]
+pub struct Membership {
+    pub role: Arc<str>,
+    pub decided: Box<[DecidedPermission]>,
+    /// The distinct minimum roles that `decided` points into.
+    pub min_roles: Arc<[Arc<str>]>,
+}
+
+/// One permission as it stands for one member.
+#[derive(Clone, Copy, Debug)]
+pub struct DecidedPermission {
+    pub reason: Reason,
+    pub enabled: bool,
+    /// Index into [`Membership::min_roles`].
+    pub min_role: u16,
+}
+
+impl SubjectPermissions {
+    /// The decision for one permission: the catalog's rule and the membership's rule come before the decided ones.
+    #[must_use]
+    pub fn decide(&self, permission: &str) -> Reason {
+        match (self.catalog.index_of(permission), &self.membership) {
+            (None, _) => Reason::UnknownPermission,
+            (_, None) => Reason::NotAMember,
+            (Some(index), Some(membership)) => membership.decided[index].reason,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_print_as_seq_and_uid() {
+        let position = Position {
+            seq: 812,
+            uid: 0x5f0c_9ae1,
+        };
+        assert_eq!(position.to_string(), "812-5f0c9ae1");
+        assert_eq!(Position { seq: 1, uid: 0xab }.to_string(), "1-000000ab");
+        assert_eq!(Position::ZERO.to_string(), "0-0");
+    }
+}

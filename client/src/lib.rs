@@ -28,6 +28,7 @@ use tonic::transport::{Channel, Endpoint, Error};
 /// The messages and clients of `hallpass.v1`.
 #[allow(
     clippy::all,
+    clippy::allow_attributes_without_reason,
     unreachable_pub,
     reason = "generated from proto/hallpass/v1"
 )]

@@ -1,0 +1,170 @@
+-- What a decision is. It is written in effective_user_permissions and nowhere else; the matrix is a copy of it that
+-- knows how old it is, and hallpass.load is the one place that says when the copy may be believed.
+
+-- One row a (member, permission). A permission without a template and a user without a membership have no row.
+CREATE VIEW public.effective_user_permissions AS
+    SELECT m.user_id, m.org_id, m.role, m.first_name, m.last_name,
+           t.module_name, t.permission_key, t.permission_name,
+           minimum.role AS effective_min_role,
+           coalesce(o.is_enabled, true) AS is_enabled,
+           decision.reason IN ('GRANTED_BY_ROLE', 'GRANTED_TO_USER') AS user_has_permission,
+           decision.reason,
+           held.rank AS role_rank,
+           CASE WHEN o.min_role_required IS NULL THEN 'TEMPLATE' ELSE 'OVERRIDE' END AS min_role_source,
+           coalesce(m.user_id = ANY (o.specific_users), false) AS specific_user
+    FROM hallpass.members m
+    CROSS JOIN public.organization_permission_templates t
+    LEFT JOIN public.organization_permissions o ON o.org_id = m.org_id AND o.permission_key = t.permission_key
+    CROSS JOIN LATERAL (SELECT coalesce(o.min_role_required, t.default_min_role) AS role) minimum
+    LEFT JOIN public.permission_roles held ON held.role_key = m.role
+    LEFT JOIN public.permission_roles needed ON needed.role_key = minimum.role
+    CROSS JOIN LATERAL (SELECT CASE
+        WHEN NOT o.is_enabled THEN 'PERMISSION_DISABLED'
+        WHEN held.rank >= needed.rank THEN 'GRANTED_BY_ROLE'
+        WHEN m.user_id = ANY (o.specific_users) THEN 'GRANTED_TO_USER'
+        ELSE 'ROLE_TOO_LOW'
+    END AS reason) decision;
+
+-- Up to which entry each materialized view holds every change, and since when. -1: never refreshed.
+CREATE TABLE hallpass.matrix_stamp (
+    view_name text PRIMARY KEY,
+    seq bigint NOT NULL,
+    refreshed_at timestamptz NOT NULL
+);
+INSERT INTO hallpass.matrix_stamp VALUES ('user_permission_matrix', -1, now()), ('org_permission_summary', -1, now());
+
+-- Writes the stamp of a view, from within the view's own query: so every refresh, whoever makes it and at whatever
+-- isolation level, stamps the view with the head of the very snapshot that it reads. A refresh from a snapshot older
+-- than the present stamp's fails to update the row and is rolled back whole.
+CREATE FUNCTION hallpass.stamp(stamped_view text, head_seq bigint) RETURNS boolean
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE hallpass.matrix_stamp SET seq = coalesce(head_seq, 0), refreshed_at = clock_timestamp()
+    WHERE view_name = stamped_view;
+    RETURN true;
+END $$;
+
+-- skip_duplicate_check is always NULL: REFRESH CONCURRENTLY sorts all rows without a NULL twice, by all columns, to
+-- look for duplicates, which the unique index rules out already; that was three quarters of the time of a refresh.
+CREATE MATERIALIZED VIEW public.user_permission_matrix AS
+    SELECT user_id, org_id, role, first_name, last_name, module_name, permission_key, permission_name,
+           effective_min_role, is_enabled, user_has_permission, reason, NULL::boolean AS skip_duplicate_check
+    FROM public.effective_user_permissions
+    WHERE (SELECT hallpass.stamp('user_permission_matrix', (SELECT max(seq) FROM hallpass.log)))
+    ORDER BY org_id, user_id, permission_key;
+
+-- Consumers: hallpass.load, and REFRESH CONCURRENTLY, which needs a unique index.
+CREATE UNIQUE INDEX user_permission_matrix_key ON public.user_permission_matrix (org_id, user_id, permission_key);
+
+-- Counts an organization. Permissions of a minimum role count the enabled ones, by effective minimum role.
+CREATE MATERIALIZED VIEW public.org_permission_summary AS
+    SELECT o.id AS org_id,
+           o.name AS org_name,
+           count(t.permission_key) AS total_available_permissions,
+           count(p.permission_key) AS total_custom_permissions,
+           count(*) FILTER (WHERE p.permission_key IS NOT NULL AND enabled) AS enabled_custom_permissions,
+           count(*) FILTER (WHERE NOT enabled) AS disabled_custom_permissions,
+           count(*) FILTER (WHERE enabled AND min_role = 'admin') AS admin_only_permissions,
+           count(*) FILTER (WHERE enabled AND min_role = 'board_member') AS board_member_permissions,
+           count(*) FILTER (WHERE enabled AND min_role = 'committee_lead') AS committee_lead_permissions,
+           count(*) FILTER (WHERE enabled AND min_role = 'volunteer') AS volunteer_permissions,
+           max(p.updated_at) AS last_permission_update
+    FROM public.organizations o
+    LEFT JOIN public.organization_permission_templates t ON true
+    LEFT JOIN public.organization_permissions p ON p.org_id = o.id AND p.permission_key = t.permission_key
+    CROSS JOIN LATERAL (SELECT coalesce(p.is_enabled, true) AS enabled,
+                               coalesce(p.min_role_required, t.default_min_role) AS min_role) effective
+    WHERE (SELECT hallpass.stamp('org_permission_summary', (SELECT max(seq) FROM hallpass.log)))
+    GROUP BY o.id, o.name
+    ORDER BY o.id;
+
+CREATE UNIQUE INDEX org_permission_summary_key ON public.org_permission_summary (org_id);
+
+-- Whether an organization's rows of the matrix are the truth in this snapshot: no entry that touches it, or
+-- everything, is newer than the stamp, and this transaction has no change that is not numbered yet.
+CREATE FUNCTION hallpass.matrix_is_true(org_id uuid) RETURNS boolean
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    stamp CONSTANT bigint := (SELECT seq FROM hallpass.matrix_stamp WHERE view_name = 'user_permission_matrix');
+BEGIN
+    RETURN stamp >= 0
+       AND NOT EXISTS (SELECT FROM hallpass.log_org l WHERE l.org_id = $1 AND l.seq > stamp)
+       AND NOT EXISTS (SELECT FROM hallpass.log_org l
+                       WHERE l.org_id = '00000000-0000-0000-0000-000000000000' AND l.seq > stamp)
+       AND NOT hallpass.has_pending();
+END $$;
+
+-- What hallpass.load returns: first one row that says what holds for all (org_id NULL: the head, whether this is a
+-- standby, the catalog by key), then one row a member. A pair without a row is no member.
+CREATE TYPE hallpass.loaded AS (
+    org_id uuid,
+    user_id uuid,
+    role text,
+    permission_keys text[],                 -- the first row: the catalog's; a member's: those decided, in any order
+    reasons text[],
+    min_roles text[],
+    enabled boolean[],
+    permission_names text[],                -- from here on: of the first row alone
+    module_names text[],
+    head_seq bigint,
+    head_uid integer,
+    in_recovery boolean
+);
+
+CREATE FUNCTION hallpass.load_header() RETURNS hallpass.loaded
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    header hallpass.loaded;
+BEGIN
+    SELECT array_agg(permission_key::text ORDER BY permission_key COLLATE "C"),
+           array_agg(permission_name::text ORDER BY permission_key COLLATE "C"),
+           array_agg(module_name::text ORDER BY permission_key COLLATE "C")
+    INTO header.permission_keys, header.permission_names, header.module_names
+    FROM public.organization_permission_templates;
+    SELECT seq, uid INTO header.head_seq, header.head_uid FROM hallpass.log ORDER BY seq DESC LIMIT 1;
+    header.in_recovery := pg_is_in_recovery();
+    RETURN header;
+END $$;
+
+-- Loads a set of (organization, user) pairs, which must be distinct, in one snapshot: from the matrix where it is
+-- the truth and may be believed, else from the view.
+CREATE FUNCTION hallpass.load(org_ids uuid[], user_ids uuid[], believe_matrix boolean) RETURNS SETOF hallpass.loaded
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+DECLARE
+    header CONSTANT hallpass.loaded := hallpass.load_header();
+    -- A matrix without permissions does not show who is a member.
+    from_matrix CONSTANT uuid[] := CASE WHEN believe_matrix AND header.permission_keys IS NOT NULL THEN ARRAY(
+        SELECT asked.id FROM (SELECT DISTINCT id FROM unnest(org_ids) id) asked WHERE hallpass.matrix_is_true(asked.id)
+    ) ELSE '{}' END;
+BEGIN
+    RETURN NEXT header;
+    IF cardinality(from_matrix) > 0 THEN
+        RETURN QUERY
+        SELECT asked.org_id, asked.user_id, max(e.role::text),
+               array_agg(e.permission_key::text),
+               array_agg(e.reason),
+               array_agg(e.effective_min_role::text),
+               array_agg(e.is_enabled),
+               NULL::text[], NULL::text[], NULL::bigint, NULL::integer, NULL::boolean
+        FROM unnest(org_ids, user_ids) asked (org_id, user_id)
+        JOIN public.user_permission_matrix e ON e.org_id = asked.org_id AND e.user_id = asked.user_id
+        WHERE asked.org_id = ANY (from_matrix)
+        GROUP BY asked.org_id, asked.user_id;
+    END IF;
+    IF cardinality(from_matrix) = 0 OR NOT org_ids <@ from_matrix THEN
+        RETURN QUERY
+        SELECT asked.org_id, asked.user_id, max(m.role::text),
+               array_agg(e.permission_key::text),
+               array_agg(e.reason),
+               array_agg(e.effective_min_role::text),
+               array_agg(e.is_enabled),
+               NULL::text[], NULL::text[], NULL::bigint, NULL::integer, NULL::boolean
+        FROM unnest(org_ids, user_ids) asked (org_id, user_id)
+        JOIN hallpass.members m ON m.org_id = asked.org_id AND m.user_id = asked.user_id
+        LEFT JOIN public.effective_user_permissions e ON e.org_id = asked.org_id AND e.user_id = asked.user_id
+        WHERE asked.org_id <> ALL (from_matrix)
+        GROUP BY asked.org_id, asked.user_id;
+    END IF;
+END $$;
+
+CALL hallpass.reset_privileges();

@@ -1,0 +1,86 @@
+-- What SQL users call, under PTO Connect's names and signatures: checks for policies and queries, the actor of a
+-- transaction, the refresh.
+
+CREATE FUNCTION public.user_has_permission_in_org(org_id uuid, user_id uuid, permission_key text) RETURNS boolean
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN coalesce((SELECT e.user_has_permission FROM public.effective_user_permissions e
+                     WHERE e.org_id = $1 AND e.user_id = $2 AND e.permission_key = $3), false);
+END $$;
+
+-- The one organization of a user; NULL for none. Raises when there are several: a question without an organization
+-- has no answer then.
+CREATE FUNCTION hallpass.only_organization(user_id uuid) RETURNS uuid
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    orgs CONSTANT uuid[] := ARRAY(SELECT m.org_id FROM hallpass.members m WHERE m.user_id = $1 LIMIT 2);
+BEGIN
+    IF cardinality(orgs) > 1 THEN
+        RAISE EXCEPTION 'user % belongs to several organizations', $1
+            USING ERRCODE = 'cardinality_violation',
+                  HINT = 'Name the organization: user_has_permission_in_org(org_id, user_id, permission_key).';
+    END IF;
+    RETURN orgs[1];
+END $$;
+
+CREATE FUNCTION public.user_has_org_permission(user_id_param uuid, permission_key_param character varying)
+RETURNS boolean
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN public.user_has_permission_in_org(
+        hallpass.only_organization(user_id_param), user_id_param, permission_key_param);
+END $$;
+
+-- use_cache: read the materialized matrix, where it is the truth.
+CREATE FUNCTION public.user_has_org_permission_enhanced(
+    user_id_param uuid, permission_key_param text, use_cache boolean DEFAULT true) RETURNS boolean
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    org CONSTANT uuid := hallpass.only_organization(user_id_param);
+BEGIN
+    IF use_cache AND hallpass.matrix_is_true(org) THEN
+        RETURN coalesce((SELECT e.user_has_permission FROM public.user_permission_matrix e
+                         WHERE e.org_id = org AND e.user_id = user_id_param
+                           AND e.permission_key = permission_key_param), false);
+    END IF;
+    RETURN public.user_has_permission_in_org(org, user_id_param, permission_key_param);
+END $$;
+
+-- Every permission of a user, in each of the user's organizations; of one module, or of all where it is NULL.
+CREATE FUNCTION public.get_user_permissions_bulk(user_id_param uuid, module_filter text DEFAULT NULL)
+RETURNS TABLE (org_id uuid, role text, module_name text, permission_key text, permission_name text,
+               effective_min_role text, is_enabled boolean, user_has_permission boolean, reason text)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN QUERY
+    SELECT e.org_id, e.role::text, e.module_name::text, e.permission_key::text, e.permission_name::text,
+           e.effective_min_role::text, e.is_enabled, e.user_has_permission, e.reason
+    FROM public.effective_user_permissions e
+    WHERE e.user_id = user_id_param AND (module_filter IS NULL OR e.module_name = module_filter)
+    ORDER BY e.org_id, e.module_name, e.permission_key;
+END $$;
+
+-- Says who makes the changes of this transaction. It ends with the transaction: a pooled connection hands no actor on.
+-- Every value is text on purpose, read one by one where it is used: a malformed one is lost alone.
+CREATE FUNCTION public.set_session_variables(
+    user_id text, profile_id text DEFAULT NULL, org_id text DEFAULT NULL,
+    request_id text DEFAULT NULL, ip_address text DEFAULT NULL, user_agent text DEFAULT NULL) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM set_config('app.current_user_id', coalesce(user_id, ''), true),
+            set_config('app.current_profile_id', coalesce(profile_id, ''), true),
+            set_config('app.current_org_id', coalesce(org_id, ''), true),
+            set_config('app.request_id', coalesce(request_id, ''), true),
+            set_config('app.ip_address', coalesce(ip_address, ''), true),
+            set_config('app.user_agent', coalesce(user_agent, ''), true);
+END $$;
+
+-- Refreshes both materialized views without blocking their readers. Each view stamps itself: see hallpass.stamp.
+CREATE FUNCTION public.refresh_permission_materialized_views() RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+BEGIN
+    REFRESH MATERIALIZED VIEW CONCURRENTLY public.user_permission_matrix;
+    REFRESH MATERIALIZED VIEW CONCURRENTLY public.org_permission_summary;
+END $$;
+
+CALL hallpass.reset_privileges();

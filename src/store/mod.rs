@@ -1,0 +1,158 @@
+//! PostgreSQL: connections, and the SQL as a const above its caller, one file a noun.
+//!
+//! Invariant: nobody but this module (and the private server's own start-up) speaks to tokio_postgres, so an error
+//! that leaves it says what the caller does next and carries no SQL to a caller of the service.
+
+pub mod migrations;
+
+use std::{str::FromStr, time::Duration};
+
+use thiserror::Error;
+use tokio_postgres::{
+    Client, Config, Connection, NoTls, Socket, config::TargetSessionAttrs, error::SqlState,
+    tls::NoTlsStream,
+};
+use tokio_util::task::AbortOnDropHandle;
+
+/// How long a connection attempt may take. Longer than a handshake across regions, shorter than a caller waits.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// After this long without an acknowledgement the kernel gives a connection up.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What went wrong with the database, by what to do next.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// It cannot be reached, or did not answer in time: try again later.
+    #[error("database unavailable: {0}")]
+    Unavailable(String),
+    /// It will not have us (credentials, no such database): trying again does not help.
+    #[error("database refuses the connection: {0}")]
+    Refused(String),
+    /// It is a standby, whose answers have no bound: look for the primary.
+    #[error("database is a standby, not the primary")]
+    Standby,
+    /// It runs the statement and the statement fails, or answers what it must not: a defect, or tampering.
+    #[error("database answers wrongly: {0}")]
+    Wrong(String),
+}
+
+impl From<tokio_postgres::Error> for StoreError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let message = describe(&error);
+        match error.code() {
+            Some(code)
+                if [
+                    SqlState::INVALID_PASSWORD,
+                    SqlState::INVALID_AUTHORIZATION_SPECIFICATION,
+                    SqlState::INVALID_CATALOG_NAME,
+                ]
+                .contains(code) =>
+            {
+                Self::Refused(message)
+            }
+            // Class 08 connection, 53 resources, 57 operator intervention (timeouts, shutdown), 55P03 lock timeout.
+            Some(code)
+                if ["08", "53", "57"].contains(&&code.code()[..2])
+                    || *code == SqlState::LOCK_NOT_AVAILABLE =>
+            {
+                Self::Unavailable(message)
+            }
+            Some(_) => Self::Wrong(message),
+            None => Self::Unavailable(message),
+        }
+    }
+}
+
+/// The error's own message and its causes, on one line.
+fn describe(error: &tokio_postgres::Error) -> String {
+    let mut message = match error.as_db_error() {
+        Some(db) => db.message().to_owned(),
+        None => error.to_string(),
+    };
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source.filter(|_| error.as_db_error().is_none()) {
+        let cause_text = cause.to_string();
+        if !message.contains(&cause_text) {
+            message = format!("{message}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    message.replace('\n', " ")
+}
+
+/// Where the database is and how to get in: a libpq URL, checked.
+#[derive(Clone, Debug)]
+pub struct DatabaseUrl(Config);
+
+impl FromStr for DatabaseUrl {
+    type Err = String;
+
+    fn from_str(url: &str) -> Result<Self, String> {
+        let mut config = Config::from_str(url).map_err(|error| describe(&error))?;
+        if config.get_hosts().is_empty() {
+            return Err("no host: name one, or `?host=/directory` for a Unix socket".to_owned());
+        }
+        if config.get_user().is_none() {
+            return Err("no user".to_owned());
+        }
+        if config.get_application_name().is_none() {
+            config.application_name("hallpass");
+        }
+        config
+            .target_session_attrs(TargetSessionAttrs::ReadWrite)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_user_timeout(TCP_USER_TIMEOUT);
+        Ok(Self(config))
+    }
+}
+
+impl DatabaseUrl {
+    /// The same database with a limit on how long any statement may run; `None` for none.
+    fn with_statement_timeout(&self, timeout: Option<Duration>) -> Config {
+        let mut config = self.0.clone();
+        let millis = timeout.map_or(0, |timeout| timeout.as_millis());
+        let options = format!(
+            "{} -c statement_timeout={millis}",
+            self.0.get_options().unwrap_or_default()
+        );
+        config.options(options.trim_start());
+        config
+    }
+}
+
+/// A connection of its own, outside the pool, driven until it is dropped.
+pub struct DedicatedConnection {
+    pub(crate) client: Client,
+    _driver: AbortOnDropHandle<()>,
+}
+
+impl DedicatedConnection {
+    /// # Errors
+    /// When the database cannot be reached or will not have us.
+    pub async fn open(
+        url: &DatabaseUrl,
+        statement_timeout: Option<Duration>,
+    ) -> Result<Self, StoreError> {
+        let (client, connection) = connect(&url.with_statement_timeout(statement_timeout)).await?;
+        let driver = tokio::spawn(async move {
+            // The client's next call reports the same error to whoever uses the connection.
+            if let Err(error) = connection.await {
+                tracing::debug!(error = %describe(&error), "database connection ended");
+            }
+        });
+        Ok(Self {
+            client,
+            _driver: AbortOnDropHandle::new(driver),
+        })
+    }
+}
+
+async fn connect(config: &Config) -> Result<(Client, Connection<Socket, NoTlsStream>), StoreError> {
+    match tokio::time::timeout(CONNECT_TIMEOUT, config.connect(NoTls)).await {
+        Ok(connected) => Ok(connected?),
+        Err(_) => Err(StoreError::Unavailable(format!(
+            "no connection within {CONNECT_TIMEOUT:?}"
+        ))),
+    }
+}

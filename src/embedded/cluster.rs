@@ -20,7 +20,7 @@ use std::{
 
 use rustix::{
     fs::{FlockOperation, flock},
-    process::{Pid, geteuid, test_kill_process},
+    process::{Pid, Signal, geteuid, kill_process, test_kill_process},
 };
 use tracing::info;
 use uuid::Uuid;
@@ -97,6 +97,7 @@ pub(super) fn lock(data_dir: &Path) -> Result<File, EmbeddedError> {
 pub(super) struct Cluster(PathBuf);
 
 impl Cluster {
+    #[cfg(test)]
     pub(super) fn at(path: PathBuf) -> Self {
         Self(path)
     }
@@ -405,13 +406,9 @@ impl Launcher {
 
     /// Ends a program that did not do what it should; the error that is on its way says why.
     pub(super) fn give_up(&self, mut child: Child) {
-        let pid = Pid::from_child(&child);
         if matches!(child.try_wait(), Ok(None)) {
-            // SIGQUIT, because SIGKILL would leave children behind; it may be gone meanwhile, which is as good.
-            drop(rustix::process::kill_process(
-                pid,
-                rustix::process::Signal::QUIT,
-            ));
+            // Not SIGKILL, which would leave children behind. It may be gone meanwhile, which is as good.
+            kill_process(Pid::from_child(&child), Signal::QUIT).ok();
             drop(wait_until(super::IMMEDIATE_STOP_WAIT, || {
                 Ok(child.try_wait().ok().flatten())
             }));

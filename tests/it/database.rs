@@ -27,8 +27,11 @@ const IS_LEFT_ALONE: &str = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHE
 const CATALOG: &str = "
 SELECT permission_key, module_name, default_min_role FROM public.organization_permission_templates";
 
+/// An array of any dimensions is read as a plain list.
 const OVERRIDES: &str = "
-SELECT org_id, permission_key, min_role_required, is_enabled, specific_users FROM public.organization_permissions";
+SELECT org_id, permission_key, min_role_required, is_enabled,
+       CASE WHEN specific_users IS NOT NULL THEN ARRAY(SELECT unnest(specific_users)) END
+FROM public.organization_permissions";
 
 const EMPTY: &str = "
 TRUNCATE public.profiles, public.organization_permissions, public.organizations,

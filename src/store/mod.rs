@@ -3,6 +3,7 @@
 //! Invariant: nobody but this module (and the private server's own start-up) speaks to tokio_postgres, so an error
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
+pub mod demo;
 pub mod load;
 pub mod log;
 pub mod migrations;
@@ -221,6 +222,16 @@ impl Store {
             held.push(self.pool.get().await?);
         }
         Ok(())
+    }
+
+    /// Asks the database whether it is the primary.
+    ///
+    /// # Errors
+    /// When it is not, or does not answer.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        let rows = self.query("SELECT pg_is_in_recovery()", &[]).await?;
+        rows.first()
+            .map_or(Ok(()), |row| load::refuse_standby(row, 0))
     }
 
     /// Runs one prepared statement on a connection of the pool.

@@ -271,7 +271,11 @@ fn launch(options: &Options) -> Result<(String, Option<Child>), EmbeddedError> {
     cluster.initialize(&launcher)?;
     let socket_dir = cluster.socket_dir(account)?;
     cluster.remove_stale_locks(&socket_dir)?;
-    let mut child = launcher.spawn("postgres", &cluster.arguments(&socket_dir, options))?;
+    let mut child = launcher.spawn(
+        "postgres",
+        cluster.path(),
+        &cluster.arguments(&socket_dir, options),
+    )?;
     match await_ready(&mut child, &socket_dir, &client, &launcher) {
         Ok(()) => {
             info!(socket_dir, "private PostgreSQL started");

@@ -164,7 +164,8 @@ impl Cluster {
         own(&self.0, account)
     }
 
-    /// Whether a postgres works in this cluster: the postmaster, or a backend that outlives it for a moment.
+    /// Whether a postgres works in this cluster: the postmaster, or a backend that outlives it for a moment. Or an
+    /// initdb, which removes what it made when its service is killed.
     ///
     /// Told by the working directory, since the number in `postmaster.pid` may be anyone's by now.
     #[cfg(target_os = "linux")]
@@ -176,7 +177,7 @@ impl Cluster {
         processes.into_iter().any(|process| {
             fs::read_link(process.path().join("cwd")).is_ok_and(|cwd| cwd == path)
                 && fs::read_to_string(process.path().join("comm"))
-                    .is_ok_and(|comm| comm.trim() == "postgres")
+                    .is_ok_and(|comm| ["postgres", "initdb"].contains(&comm.trim()))
         })
     }
 
@@ -341,9 +342,11 @@ impl Launcher {
         })
     }
 
+    /// Starts `program` in `directory`, behind the shim. The calling thread must live as long as the child.
     pub(super) fn spawn(
         &self,
         program: &str,
+        directory: &Path,
         arguments: &[OsString],
     ) -> Result<Child, EmbeddedError> {
         let spawn = || {
@@ -352,8 +355,8 @@ impl Launcher {
                 .args(shim::arguments(self.account))
                 .arg(self.programs.directory.join(program))
                 .args(arguments)
-                // Ours may be out of the account's reach.
-                .current_dir("/")
+                // Ours may be out of the account's reach; and by this one `is_running` knows them.
+                .current_dir(directory)
                 // The terminal's Ctrl-C is for the service, which stops postgres in order.
                 .process_group(0)
                 .stdin(Stdio::null())
@@ -381,7 +384,7 @@ impl Launcher {
         let fixed = ["--encoding=UTF8", "--locale=C", "--auth=trust"];
         arguments.extend(fixed.map(OsString::from));
         arguments.extend([username.into(), "--no-instructions".into()]);
-        let mut child = self.spawn("initdb", &arguments)?;
+        let mut child = self.spawn("initdb", directory, &arguments)?;
         let status = wait_until(INITDB_WAIT, || {
             child
                 .try_wait()

@@ -122,6 +122,16 @@ impl Program {
     }
 }
 
+/// A process that must not outlive its test, whether that passes or not.
+struct KilledOnDrop(Child);
+
+impl Drop for KilledOnDrop {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
 fn hallpass_postgres(data_dir: &Path) -> Command {
     let mut command = Command::new(HALLPASS);
     command.args(["postgres", "--data-dir"]).arg(data_dir);
@@ -203,7 +213,8 @@ fn lock_files_that_name_an_unrelated_process_do_not_hold_it_up() {
     let options = options(directory.path());
     let cluster = directory.path().join("postgres");
     let postgres = PrivatePostgres::start(&options).unwrap();
-    psql(&postgres.url(), "CREATE TABLE kept (n int)");
+    let durably = "SET synchronous_commit = on; CREATE TABLE kept (n int)";
+    psql(&postgres.url(), durably);
     let dead = pid_file(&cluster);
     kill_cluster(&cluster);
     drop(postgres);
@@ -211,23 +222,28 @@ fn lock_files_that_name_an_unrelated_process_do_not_hold_it_up() {
     // Of the same user as postgres, or postgres would see by itself that it cannot be its rival.
     let owner = fs::metadata(&cluster).unwrap();
     let mut unrelated = Command::new("sleep");
-    unrelated.arg("1000");
+    unrelated
+        .arg("1000")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     if geteuid().is_root() {
         unrelated.uid(owner.uid()).gid(owner.gid());
     }
-    let mut unrelated = unrelated.spawn().unwrap();
+    let mut unrelated = KilledOnDrop(unrelated.spawn().unwrap());
     for name in ["postmaster.pid", ".s.PGSQL.5432.lock"] {
         let path = cluster.join(name);
         let text = fs::read_to_string(&path).unwrap();
-        let text = text.replacen(&dead.to_string(), &unrelated.id().to_string(), 1);
+        let text = text.replacen(&dead.to_string(), &unrelated.0.id().to_string(), 1);
         fs::write(&path, text).unwrap();
     }
     let postgres = PrivatePostgres::start(&options).unwrap();
     assert!(postgres.is_owner());
     assert_eq!(psql(&postgres.url(), "SELECT count(*) FROM kept"), "0");
-    assert!(unrelated.try_wait().unwrap().is_none());
-    unrelated.kill().unwrap();
-    unrelated.wait().unwrap();
+    assert!(
+        unrelated.0.try_wait().unwrap().is_none(),
+        "it is left alone"
+    );
+    drop(unrelated);
 
     // And one that a crash left empty, over which postgres stumbles too.
     kill_cluster(&cluster);

@@ -14,4 +14,5 @@ mod names;
 mod oracle;
 mod scenario;
 mod scenarios;
+mod service;
 mod support;

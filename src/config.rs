@@ -30,7 +30,7 @@ const DEFAULT_LAME_DUCK: &str = "1s";
 /// The settings of `hallpass serve` and `hallpass demo`.
 #[derive(Args, Clone, Debug)]
 pub struct ServeSettings {
-    /// Where to serve gRPC: HOST:PORT on loopback, or unix:PATH
+    /// Where to serve gRPC: HOST:PORT, the host an IP address or localhost, or unix:PATH
     #[arg(long, env = "HALLPASS_GRPC_LISTEN", default_value = DEFAULT_GRPC_LISTEN)]
     pub grpc_listen: ListenAddress,
 

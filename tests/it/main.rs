@@ -6,5 +6,11 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod database;
 mod embedded;
+mod executors;
+mod names;
+mod oracle;
+mod scenario;
+mod scenarios;
 mod support;

@@ -12,6 +12,7 @@ mod executors;
 mod matrix;
 mod names;
 mod oracle;
+mod race;
 mod scenario;
 mod scenarios;
 mod service;

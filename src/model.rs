@@ -75,6 +75,17 @@ impl fmt::Display for Position {
     }
 }
 
+/// What an entry of the log changes, as far as cached decisions go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// One user's membership of one organization, or that user's mention in an override.
+    Subject(Subject),
+    /// The overrides of one organization.
+    Organization(OrganizationId),
+    /// The catalog, the ladder, or more than can be named.
+    Everything,
+}
+
 /// An instant on the boot-time clock, which goes on while the machine sleeps and never jumps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BootTime(Duration);
@@ -92,6 +103,12 @@ impl BootTime {
             now.tv_sec.unsigned_abs(),
             u32::try_from(now.tv_nsec).unwrap_or(0),
         ))
+    }
+
+    /// The instant this long before; the boot, when that is later.
+    #[must_use]
+    pub fn before(self, duration: Duration) -> Self {
+        Self(self.0.saturating_sub(duration))
     }
 
     /// The time from `earlier` to `self`; zero when `earlier` is the later one.

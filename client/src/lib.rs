@@ -25,6 +25,9 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Error};
 
+/// The gRPC library that this client is built on: its `Status` and `Channel` are in the interface.
+pub use tonic;
+
 /// The messages and clients of `hallpass.v1`.
 #[allow(
     clippy::all,

@@ -3,14 +3,23 @@
 //! Invariant: nobody but this module (and the private server's own start-up) speaks to tokio_postgres, so an error
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
+pub mod demo;
+pub mod load;
+pub mod log;
 pub mod migrations;
+pub mod upkeep;
 
 use std::{str::FromStr, time::Duration};
 
+use arc_swap::ArcSwap;
+use deadpool_postgres::{
+    Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
+};
 use thiserror::Error;
+use tokio::time::timeout;
 use tokio_postgres::{
-    Client, Config, Connection, NoTls, Socket, config::TargetSessionAttrs, error::SqlState,
-    tls::NoTlsStream,
+    Client, Config, Connection, NoTls, Row, Socket, config::TargetSessionAttrs, error::SqlState,
+    tls::NoTlsStream, types::ToSql,
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -149,10 +158,115 @@ impl DedicatedConnection {
 }
 
 async fn connect(config: &Config) -> Result<(Client, Connection<Socket, NoTlsStream>), StoreError> {
-    match tokio::time::timeout(CONNECT_TIMEOUT, config.connect(NoTls)).await {
+    match timeout(CONNECT_TIMEOUT, config.connect(NoTls)).await {
         Ok(connected) => Ok(connected?),
         Err(_) => Err(StoreError::Unavailable(format!(
             "no connection within {CONNECT_TIMEOUT:?}"
         ))),
+    }
+}
+
+/// Connections that answer misses. More would not help: a load is CPU of the database, and misses share statements.
+pub const POOL_SIZE: usize = 8;
+
+/// How long a miss waits for a connection of the pool.
+const POOL_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// How long the database may work on one load.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long to wait for an answer: a database that is stopped or cut off does not keep its own limit.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(6);
+
+/// The database as the data path sees it: a pool of connections with a limit on every statement.
+pub struct Store {
+    pool: Pool,
+    /// The catalog that was decoded last, shared by all entries while it does not change.
+    catalog: ArcSwap<crate::model::Catalog>,
+}
+
+impl Store {
+    /// Opens no connection yet.
+    ///
+    /// # Errors
+    /// Never with the settings that this function makes; a defect otherwise.
+    pub fn new(url: &DatabaseUrl) -> Result<Self, StoreError> {
+        let manager = Manager::from_config(
+            url.with_statement_timeout(Some(LOAD_TIMEOUT)),
+            NoTls,
+            ManagerConfig {
+                recycling_method: RecyclingMethod::Fast,
+            },
+        );
+        let pool = Pool::builder(manager)
+            .max_size(POOL_SIZE)
+            .wait_timeout(Some(POOL_WAIT_MAX))
+            .create_timeout(Some(CONNECT_TIMEOUT))
+            .recycle_timeout(Some(CONNECT_TIMEOUT))
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|error| StoreError::Wrong(error.to_string()))?;
+        Ok(Self {
+            pool,
+            catalog: ArcSwap::default(),
+        })
+    }
+
+    /// Opens every connection of the pool, so that the first misses need not.
+    ///
+    /// # Errors
+    /// When one cannot be opened.
+    pub async fn fill_pool(&self) -> Result<(), StoreError> {
+        let mut held = Vec::with_capacity(POOL_SIZE);
+        for _ in 0..POOL_SIZE {
+            held.push(self.pool.get().await?);
+        }
+        Ok(())
+    }
+
+    /// Asks the database whether it is the primary.
+    ///
+    /// # Errors
+    /// When it is not, or does not answer.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        let rows = self.query("SELECT pg_is_in_recovery()", &[]).await?;
+        rows.first()
+            .map_or(Ok(()), |row| load::refuse_standby(row, 0))
+    }
+
+    /// Runs one prepared statement on a connection of the pool.
+    ///
+    /// A connection that does not answer in time is closed, not put back: its answer would come to somebody else's
+    /// question. For the same reason this must not be dropped half-way: its callers are tasks of their own.
+    async fn query(
+        &self,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, StoreError> {
+        let connection = self.pool.get().await?;
+        let answer = timeout(ANSWER_WAIT_MAX, async {
+            let statement = connection.prepare_cached(sql).await?;
+            connection.query(&statement, parameters).await
+        })
+        .await;
+        let Ok(rows) = answer else {
+            drop(Object::take(connection));
+            return Err(StoreError::Unavailable(format!(
+                "no answer within {ANSWER_WAIT_MAX:?}"
+            )));
+        };
+        Ok(rows?)
+    }
+}
+
+impl From<PoolError> for StoreError {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::Backend(error) => error.into(),
+            PoolError::Timeout(_) => {
+                Self::Unavailable(format!("no connection within {POOL_WAIT_MAX:?}"))
+            }
+            other => Self::Unavailable(other.to_string()),
+        }
     }
 }

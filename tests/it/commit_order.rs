@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio_postgres::{Client, Error};
 
 use crate::{
-    scratch::Database,
+    database::Database,
     sql::{lines, pid, run, sqlstate, value, wait_until_blocked},
 };
 

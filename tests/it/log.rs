@@ -6,7 +6,7 @@ use tokio::sync::mpsc;
 use tokio_postgres::{AsyncMessage, Client, NoTls};
 
 use crate::{
-    scratch::Database,
+    database::Database,
     sql::{lines, run, value},
 };
 

@@ -1,10 +1,23 @@
 //! The one integration binary: a module for each part, all on real PostgreSQL.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test may panic, in its helpers too"
+)]
+
 mod commit_order;
+mod database;
+mod embedded;
+mod executors;
 mod inspect;
 mod log;
 mod matrix;
 mod migrate;
+mod names;
+mod oracle;
 mod privileges;
-mod scratch;
+mod scenario;
+mod scenarios;
 mod sql;
+mod support;

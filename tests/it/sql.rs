@@ -1,12 +1,8 @@
 //! Reading PostgreSQL as text, and waiting for what it shows: what the tests of the SQL have in common.
 
-use std::time::{Duration, Instant};
-
 use tokio_postgres::{Client, Error, SimpleQueryMessage, SimpleQueryRow};
 
-/// How long a condition may take to come true; far more than any should need on a busy machine.
-const WAIT_MAX: Duration = Duration::from_secs(20);
-const WAIT_POLL: Duration = Duration::from_millis(5);
+use crate::database::eventually;
 
 /// Runs statements and returns the rows of all of them as lines, columns separated by ` | `, NULL as `-`.
 pub(crate) async fn lines(client: &Client, sql: &str) -> Vec<String> {
@@ -52,11 +48,7 @@ pub(crate) fn sqlstate(error: &Error) -> &str {
 
 /// Waits until a query of one boolean is true.
 pub(crate) async fn wait_until(client: &Client, condition: &str) {
-    let give_up = Instant::now() + WAIT_MAX;
-    while value(client, condition).await != "t" {
-        assert!(Instant::now() < give_up, "never true: {condition}");
-        tokio::time::sleep(WAIT_POLL).await;
-    }
+    eventually(condition, async || value(client, condition).await == "t").await;
 }
 
 /// Waits until the session `pid` waits for a lock that the session `holder` has.

@@ -1,0 +1,259 @@
+//! `hallpass demo`: everything on a made-up district, with three commands to paste.
+
+use std::process::ExitCode;
+
+use uuid::Uuid;
+
+use super::{
+    database::Database,
+    interrupted,
+    serve::{bind, serve},
+};
+use crate::{
+    config::{DatabaseSettings, ListenAddress, ServeSettings},
+    store::{
+        DedicatedConnection,
+        demo::{DemoMember, DemoOrganization, DemoOverride},
+    },
+};
+
+const ORGANIZATIONS: usize = 50;
+const MEMBERS_AN_ORGANIZATION: usize = 200;
+
+/// The permission that the commands to paste are about; the first organization leaves it as the catalog has it.
+const SAMPLE_PERMISSION: &str = "can_approve_expenses";
+
+/// Serve a made-up district: 50 schools, 10,000 members, each school with settings of its own
+#[derive(Debug, clap::Args)]
+pub(super) struct Demo {
+    #[command(flatten)]
+    database: DatabaseSettings,
+
+    #[command(flatten)]
+    settings: ServeSettings,
+}
+
+impl Demo {
+    pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
+        let interrupted = interrupted()?;
+        let listener = bind(&self.settings.grpc_listen).await?;
+        let database = Database::open_migrated(&self.database).await?;
+        let sample = load(&database).await?;
+        let guide = guide(&self.settings.grpc_listen, &database, &sample);
+        serve(
+            database,
+            &self.settings,
+            listener,
+            move || println!("{guide}"),
+            interrupted,
+        )
+        .await
+    }
+}
+
+/// Two members of the first organization.
+struct Sample {
+    organization: Uuid,
+    name: String,
+    board_member: Uuid,
+    volunteer: Uuid,
+}
+
+async fn load(database: &Database) -> anyhow::Result<Sample> {
+    let mut connection = DedicatedConnection::open(&database.url, None).await?;
+    let permissions = connection.permission_keys().await?;
+    let district: Vec<DemoOrganization> = (0..ORGANIZATIONS)
+        .map(|index| organization(index, &permissions))
+        .collect();
+    // The last one is there only when all are: they are loaded in order.
+    if !connection
+        .organization_exists(district[ORGANIZATIONS - 1].id)
+        .await?
+    {
+        for (index, organization) in district.iter().enumerate() {
+            connection.load_demo_organization(organization).await?;
+            if (index + 1) % 10 == 0 {
+                println!(
+                    "loaded {} of {ORGANIZATIONS} organizations, {} members",
+                    index + 1,
+                    (index + 1) * MEMBERS_AN_ORGANIZATION
+                );
+            }
+        }
+        println!(
+            "filling the matrix of {} permissions a member",
+            permissions.len()
+        );
+    }
+    let first = &district[0];
+    let member = |role| {
+        first
+            .members
+            .iter()
+            .find(|member| member.role == role)
+            .map(|member| member.user_id)
+    };
+    let sample = Sample {
+        organization: first.id,
+        name: first.name.clone(),
+        board_member: member("board_member").unwrap_or_default(),
+        volunteer: member("volunteer").unwrap_or_default(),
+    };
+    // Whoever ran the demo before has pasted the third command.
+    connection
+        .set_demo_role(sample.organization, sample.volunteer, "volunteer")
+        .await?;
+    connection.refresh_matrix().await?;
+    Ok(sample)
+}
+
+fn guide(listen: &ListenAddress, database: &Database, sample: &Sample) -> String {
+    let program = std::env::args()
+        .next()
+        .unwrap_or_else(|| "hallpass".to_owned());
+    let endpoint = match listen {
+        ListenAddress::Tcp(address) => format!("http://{address}"),
+        ListenAddress::Unix(path) => format!("unix:{}", path.display()),
+    };
+    let psql = match &database.private {
+        Some(private) => format!("psql '{}'", private.url()),
+        None => "psql \"$HALLPASS_DATABASE_URL\"".to_owned(),
+    };
+    let Sample {
+        organization,
+        name,
+        board_member,
+        volunteer,
+    } = sample;
+    let ask = if *listen == ListenAddress::Tcp(([127, 0, 0, 1], 50051).into()) {
+        format!("{program} check")
+    } else {
+        format!("{program} check --endpoint {endpoint}")
+    };
+    format!(
+        "
+hallpass serves a made-up district: {ORGANIZATIONS} schools, {members} members
+gRPC at {endpoint}
+
+Paste into another terminal:
+
+1. A board member of {name} may approve expenses:
+{ask} {organization} {board_member} {SAMPLE_PERMISSION}
+
+2. A volunteer may not:
+{ask} {organization} {volunteer} {SAMPLE_PERMISSION} --explain
+
+3. Promote the volunteer as the application would, in SQL, and ask again:
+{psql} -c \"UPDATE profiles SET role = 'board_member' WHERE org_id = '{organization}' AND user_id = '{volunteer}'\"
+{ask} {organization} {volunteer} {SAMPLE_PERMISSION}
+
+Ctrl-C stops it; the data stays.",
+        members = ORGANIZATIONS * MEMBERS_AN_ORGANIZATION
+    )
+}
+
+/// The same district every time: all that varies is drawn from hashes of names.
+fn organization(index: usize, permissions: &[String]) -> DemoOrganization {
+    let name = format!("organization {index}");
+    let members: Vec<DemoMember> = (0..MEMBERS_AN_ORGANIZATION)
+        .map(|member| demo_member(&name, member))
+        .collect();
+    let overrides = permissions
+        .iter()
+        .filter(|permission| index > 0 || *permission != SAMPLE_PERMISSION)
+        .filter_map(|permission| demo_override(&name, permission, &members))
+        .collect();
+    DemoOrganization {
+        id: drawn_id(&name),
+        name: format!(
+            "{} {}",
+            PLACES[index % PLACES.len()],
+            KINDS[index / PLACES.len() % KINDS.len()]
+        ),
+        members,
+        overrides,
+    }
+}
+
+fn demo_member(organization: &str, index: usize) -> DemoMember {
+    let name = format!("{organization} member {index}");
+    // Every organization has an admin, and a board, whatever is drawn.
+    let role = match (index, draw(&name, "role", 100)) {
+        (0, _) | (_, 0) => "admin",
+        (1..=5, _) | (_, 1..=4) => "board_member",
+        (_, 5..=14) => "committee_lead",
+        (_, 15..=39) => "volunteer",
+        (_, 40..=47) => "teacher",
+        _ => "parent_member",
+    };
+    DemoMember {
+        user_id: drawn_id(&name),
+        role,
+        first_name: FIRST_NAMES[draw(&name, "first name", FIRST_NAMES.len())],
+        last_name: LAST_NAMES[draw(&name, "last name", LAST_NAMES.len())],
+    }
+}
+
+/// A fifth of the permissions has a setting of the organization's own: another minimum role, users by name, or off.
+fn demo_override(
+    organization: &str,
+    permission: &str,
+    members: &[DemoMember],
+) -> Option<DemoOverride> {
+    let name = format!("{organization} {permission}");
+    let kind = draw(&name, "kind", 20);
+    if kind >= 4 {
+        return None;
+    }
+    let granted =
+        (0..3).map(|index| members[draw(&name, &format!("user {index}"), members.len())].user_id);
+    Some(DemoOverride {
+        permission: permission.to_owned(),
+        min_role: (kind < 2).then(|| {
+            ["volunteer", "committee_lead", "board_member", "admin"][draw(&name, "role", 4)]
+        }),
+        specific_users: (kind == 2).then(|| granted.collect()),
+        is_enabled: kind < 3,
+    })
+}
+
+fn drawn_id(name: &str) -> Uuid {
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&blake3::hash(name.as_bytes()).as_bytes()[..16]);
+    uuid::Builder::from_random_bytes(bytes).into_uuid()
+}
+
+fn draw(name: &str, what: &str, below: usize) -> usize {
+    let hash = blake3::hash(format!("{name} {what}").as_bytes());
+    let mut low = [0; 4];
+    low.copy_from_slice(&hash.as_bytes()[..4]);
+    u32::from_le_bytes(low) as usize % below
+}
+
+const PLACES: [&str; 10] = [
+    "Lincoln",
+    "Riverside",
+    "Oak Hill",
+    "Franklin",
+    "Maple Grove",
+    "Lakeview",
+    "Roosevelt",
+    "Sunnyside",
+    "Jefferson",
+    "Cedar Creek",
+];
+const KINDS: [&str; 5] = [
+    "Elementary",
+    "Middle School",
+    "High School",
+    "Academy",
+    "Preschool",
+];
+const FIRST_NAMES: [&str; 12] = [
+    "Amara", "Ben", "Carmen", "Deshawn", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jamal",
+    "Kavya", "Liam",
+];
+const LAST_NAMES: [&str; 12] = [
+    "Alvarez", "Brooks", "Chen", "Diaz", "Evans", "Fischer", "Garcia", "Haddad", "Ito", "Johnson",
+    "Kim", "Lopez",
+];

@@ -1,0 +1,106 @@
+//! `hallpass list`: asks a running service for every permission of a user.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, anyhow};
+use hallpass_client::{
+    tonic::{Status, transport::Channel},
+    v1::{
+        ListUserPermissionsRequest, UserPermission,
+        permission_service_client::PermissionServiceClient,
+    },
+};
+
+use super::check::{describe, reason_name};
+use crate::config::ClientSettings;
+
+/// List what a user may do in an organization
+#[derive(Debug, clap::Args)]
+pub(super) struct List {
+    /// The organization's UUID
+    organization: String,
+
+    /// The user's UUID
+    user: String,
+
+    /// Only permissions of this module
+    #[arg(long, default_value = "")]
+    module: String,
+
+    /// Only permissions that the user has
+    #[arg(long)]
+    allowed_only: bool,
+
+    #[command(flatten)]
+    client: ClientSettings,
+}
+
+impl List {
+    pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
+        let answer = PermissionServiceClient::new(connect(&self.client).await?)
+            .list_user_permissions(ListUserPermissionsRequest {
+                organization_id: self.organization,
+                user_id: self.user,
+                module: self.module,
+                allowed_only: self.allowed_only,
+                consistency: None,
+            })
+            .await
+            .map_err(explain_status)?
+            .into_inner();
+        if answer.role.is_empty() {
+            println!("no member of the organization, or a member without a role");
+        } else {
+            println!("role {}", answer.role);
+        }
+        let mut permissions = answer.permissions;
+        permissions.sort_by(|a, b| (&a.module, &a.permission).cmp(&(&b.module, &b.permission)));
+        print_table(&permissions);
+        if let Some(evidence) = &answer.evidence {
+            println!("{}", describe(evidence));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn print_table(permissions: &[UserPermission]) {
+    let width = permissions
+        .iter()
+        .map(|p| p.permission.len())
+        .max()
+        .unwrap_or(0);
+    let mut module = "";
+    for permission in permissions {
+        if permission.module != module {
+            module = &permission.module;
+            println!("{module}");
+        }
+        println!(
+            "  {}  {:width$}  {:19}  minimum role {}",
+            if permission.allowed { "allow" } else { "deny " },
+            permission.permission,
+            reason_name(permission.reason().as_str_name()),
+            if permission.effective_min_role.is_empty() {
+                "-"
+            } else {
+                &permission.effective_min_role
+            },
+        );
+    }
+}
+
+pub(super) async fn connect(client: &ClientSettings) -> anyhow::Result<Channel> {
+    hallpass_client::connect(&client.endpoint)
+        .await
+        .with_context(|| {
+            format!(
+                "nobody answers at {}: is `hallpass serve` running there?",
+                client.endpoint
+            )
+        })
+}
+
+/// A status on one line.
+pub(super) fn explain_status(status: Status) -> anyhow::Error {
+    anyhow!("{}: {}", status.code(), status.message())
+}

@@ -1,0 +1,77 @@
+//! The command line: one file a command, one enum that names them.
+
+mod check;
+mod database;
+mod demo;
+mod list;
+mod migrate;
+mod postgres;
+mod serve;
+
+use std::{io, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use tokio::{
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+};
+use tracing_subscriber::EnvFilter;
+
+/// Permission checks served from your own PostgreSQL tables.
+#[derive(Debug, Parser)]
+#[command(name = "hallpass", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(serve::Serve),
+    Demo(demo::Demo),
+    Migrate(migrate::Migrate),
+    Postgres(postgres::Postgres),
+    Check(check::Check),
+    List(list::List),
+}
+
+/// Runs the command that the process was given; each chooses its exit code, and an error is 2.
+///
+/// # Errors
+/// Whatever kept the command from its work.
+pub fn run() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    log_to_stderr();
+    Runtime::new()?.block_on(async {
+        match cli.command {
+            Command::Serve(command) => command.run().await,
+            Command::Demo(command) => command.run().await,
+            Command::Migrate(command) => command.run().await,
+            Command::Postgres(command) => command.run().await,
+            Command::Check(command) => command.run().await,
+            Command::List(command) => command.run().await,
+        }
+    })
+}
+
+/// Standard output belongs to what a command answers.
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .init();
+}
+
+/// Completes at the first SIGINT or SIGTERM after the call.
+fn interrupted() -> io::Result<impl Future<Output = ()>> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}

@@ -1,0 +1,95 @@
+//! `hallpass serve`: the service.
+
+use std::{
+    io,
+    os::unix::{fs::FileTypeExt, net::UnixStream},
+    path::Path,
+    process::ExitCode,
+};
+
+use anyhow::Context;
+use tokio::net::{TcpListener, UnixListener};
+
+use super::{database::Database, interrupted};
+use crate::{
+    config::{DatabaseSettings, ListenAddress, ServeSettings},
+    server::{self, Config, Listener},
+};
+
+/// Serve permission checks until interrupted
+#[derive(Debug, clap::Args)]
+pub(super) struct Serve {
+    #[command(flatten)]
+    database: DatabaseSettings,
+
+    #[command(flatten)]
+    settings: ServeSettings,
+}
+
+impl Serve {
+    pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
+        let interrupted = interrupted()?;
+        // A port that is taken is the commonest mistake: found before a database is started.
+        let listener = bind(&self.settings.grpc_listen).await?;
+        let database = Database::open_migrated(&self.database).await?;
+        serve(database, &self.settings, listener, || (), interrupted).await
+    }
+}
+
+/// Serves until interrupted, calls `on_ready` when the first answer can be given, then stops the private database if there is one.
+pub(super) async fn serve(
+    database: Database,
+    settings: &ServeSettings,
+    listener: Listener,
+    on_ready: impl FnOnce(),
+    interrupted: impl Future<Output = ()>,
+) -> anyhow::Result<ExitCode> {
+    let config = Config {
+        database: database.url.clone(),
+        staleness_bound: settings.staleness_bound,
+        cache_capacity: settings.cache_capacity,
+        warm_up_max: settings.warm_up_max,
+        matrix_refresh_interval: settings.matrix_refresh_interval,
+        lame_duck: settings.lame_duck,
+    };
+    let served = tokio::select! {
+        served = server::run(config, listener, on_ready, interrupted) => served.map_err(Into::into),
+        lost = database.lost() => Err(lost),
+    };
+    if let ListenAddress::Unix(path) = &settings.grpc_listen {
+        // Whoever comes next removes a socket that is left.
+        drop(std::fs::remove_file(path));
+    }
+    database.close().await?;
+    served.map(|()| ExitCode::SUCCESS)
+}
+
+pub(super) async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
+    match address {
+        ListenAddress::Tcp(address) => {
+            let listener = TcpListener::bind(address)
+                .await
+                .with_context(|| format!("cannot listen on {address}"))?;
+            tracing::info!(address = %listener.local_addr()?, "serving gRPC");
+            Ok(Listener::Tcp(listener))
+        }
+        ListenAddress::Unix(path) => {
+            remove_dead_socket(path)?;
+            let listener = UnixListener::bind(path)
+                .with_context(|| format!("cannot listen on unix:{}", path.display()))?;
+            tracing::info!(path = %path.display(), "serving gRPC");
+            Ok(Listener::Unix(listener))
+        }
+    }
+}
+
+/// A service that was killed leaves its socket behind; one that lives answers on it.
+fn remove_dead_socket(path: &Path) -> io::Result<()> {
+    let is_socket = path
+        .symlink_metadata()
+        .is_ok_and(|metadata| metadata.file_type().is_socket());
+    if is_socket && UnixStream::connect(path).is_err() {
+        std::fs::remove_file(path)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! Every setting of the service, its default and why; parsed whole before anything is started.
+
+use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::{Args, builder::NonEmptyStringValueParser};
+
+use crate::store::DatabaseUrl;
+
+/// Where clients look first, and nobody else can reach.
+pub const DEFAULT_GRPC_LISTEN: &str = "127.0.0.1:50051";
+
+/// Where the private PostgreSQL lives, beside whatever is being developed.
+pub const DEFAULT_DATA_DIR: &str = ".hallpass";
+
+/// Ten polls of the log may be lost before answers come from the database instead.
+const DEFAULT_STALENESS_BOUND: &str = "2s";
+
+/// A large district a hundred times over.
+const DEFAULT_CACHE_CAPACITY: u64 = 1_000_000;
+
+/// Longer than a warm start of 100,000 members, shorter than an orchestrator's patience.
+const DEFAULT_WARM_UP_MAX: &str = "10s";
+
+/// The matrix serves dashboards and warm starts; half a minute old is young for both.
+const DEFAULT_MATRIX_REFRESH_INTERVAL: &str = "30s";
+
+/// As long as a load balancer needs to see that health has changed.
+const DEFAULT_LAME_DUCK: &str = "1s";
+
+/// The settings of `hallpass serve` and `hallpass demo`.
+#[derive(Args, Clone, Debug)]
+pub struct ServeSettings {
+    /// Where to serve gRPC: HOST:PORT on loopback, or unix:PATH
+    #[arg(long, env = "HALLPASS_GRPC_LISTEN", default_value = DEFAULT_GRPC_LISTEN)]
+    pub grpc_listen: ListenAddress,
+
+    /// Answer from the cache only while it is known to be true as of this long ago
+    #[arg(long, env = "HALLPASS_STALENESS_BOUND", default_value = DEFAULT_STALENESS_BOUND, value_parser = parse_duration)]
+    pub staleness_bound: Duration,
+
+    /// Users remembered at most, each counted once an organization
+    #[arg(long, env = "HALLPASS_CACHE_CAPACITY", default_value_t = DEFAULT_CACHE_CAPACITY)]
+    pub cache_capacity: u64,
+
+    /// Be ready after this long even if the cache is not warm
+    #[arg(long, env = "HALLPASS_WARM_UP_MAX", default_value = DEFAULT_WARM_UP_MAX, value_parser = parse_duration)]
+    pub warm_up_max: Duration,
+
+    /// Refresh the materialized views no more often than this
+    #[arg(long, env = "HALLPASS_MATRIX_REFRESH_INTERVAL", default_value = DEFAULT_MATRIX_REFRESH_INTERVAL, value_parser = parse_duration)]
+    pub matrix_refresh_interval: Duration,
+
+    /// After SIGTERM, say NOT_SERVING for this long before turning callers away
+    #[arg(long, env = "HALLPASS_LAME_DUCK", default_value = DEFAULT_LAME_DUCK, value_parser = parse_duration)]
+    pub lame_duck: Duration,
+}
+
+/// Which database a command works on.
+#[derive(Args, Clone, Debug)]
+pub struct DatabaseSettings {
+    /// The database, as a libpq URL; without it a private PostgreSQL is started under --data-dir
+    // The URL may hold a password: it is not shown in --help.
+    #[arg(long, env = "HALLPASS_DATABASE_URL", hide_env_values = true, value_parser = parse_database_url)]
+    pub database_url: Option<DatabaseUrl>,
+
+    /// Where the private PostgreSQL lives
+    #[arg(long, env = "HALLPASS_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+    pub data_dir: PathBuf,
+}
+
+/// Which service a client command asks.
+#[derive(Args, Clone, Debug)]
+pub struct ClientSettings {
+    /// The service: http://HOST:PORT or unix:PATH
+    #[arg(long, env = "HALLPASS_ENDPOINT", default_value_t = format!("http://{DEFAULT_GRPC_LISTEN}"), value_parser = NonEmptyStringValueParser::new())]
+    pub endpoint: String,
+}
+
+/// Where a service listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenAddress {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+impl FromStr for ListenAddress {
+    type Err = String;
+
+    fn from_str(address: &str) -> Result<Self, String> {
+        if let Some(path) = address.strip_prefix("unix:") {
+            return Ok(Self::Unix(path.into()));
+        }
+        let address = address.replacen("localhost:", "127.0.0.1:", 1);
+        let address: SocketAddr = address
+            .parse()
+            .map_err(|_| "not HOST:PORT or unix:PATH".to_owned())?;
+        if !address.ip().is_loopback() {
+            return Err(format!(
+                "{} can be reached from other machines, and callers are not authenticated yet: \
+                 use a loopback address or unix:PATH",
+                address.ip()
+            ));
+        }
+        Ok(Self::Tcp(address))
+    }
+}
+
+fn parse_database_url(url: &str) -> Result<DatabaseUrl, String> {
+    url.parse()
+}
+
+/// Parses `200ms`, `2s`, `5m` or `1h`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let millis_a_unit: u64 = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err("not a duration: a whole number and ms, s, m or h".to_owned()),
+    };
+    let millis = number
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(millis_a_unit));
+    millis
+        .map(Duration::from_millis)
+        .ok_or_else(|| "not a duration: a whole number and ms, s, m or h".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listen_addresses_are_loopback_or_unix() {
+        let cases = [
+            ("127.0.0.1:50051", true),
+            ("localhost:50051", true),
+            ("[::1]:50051", true),
+            ("unix:/run/hallpass.sock", true),
+            ("0.0.0.0:50051", false),
+            ("[::]:50051", false),
+            ("192.168.1.4:50051", false),
+            ("50051", false),
+            ("example.org:50051", false),
+        ];
+        for (address, accepted) in cases {
+            assert_eq!(
+                address.parse::<ListenAddress>().is_ok(),
+                accepted,
+                "{address}"
+            );
+        }
+    }
+
+    #[test]
+    fn durations_have_a_unit() {
+        assert_eq!(parse_duration("200ms"), Ok(Duration::from_millis(200)));
+        assert_eq!(parse_duration("2s"), Ok(Duration::from_secs(2)));
+        assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
+        for wrong in ["", "2", "s", "-1s", "2 s", "1.5s", "99999999999999999999s"] {
+            assert!(parse_duration(wrong).is_err(), "{wrong}");
+        }
+    }
+}

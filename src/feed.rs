@@ -1,0 +1,200 @@
+//! Follows the log and makes cache entries invalid; its lease is what lets a cached answer be given at all.
+//!
+//! Invariant: the lease is renewed only by a page that reached the end of the log, and dates from before that page
+//! was asked for.
+
+use std::{
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::{ArcSwapOption, Guard};
+use std::sync::Arc;
+use tokio::time::{sleep, timeout};
+
+use crate::{
+    cache::Cache,
+    model::{BootTime, Position},
+    store::{
+        DatabaseUrl, StoreError,
+        log::{Cursor, LogReader},
+    },
+};
+
+/// The log is read at least this often, notified or not: a lost notification costs no more than this.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Rows a page: some hundred kilobytes.
+const PAGE_ROWS: i64 = 1_000;
+
+/// A page that takes longer has met a dead connection: the database's own limit on it is shorter.
+const PAGE_WAIT_MAX: Duration = Duration::from_secs(6);
+
+/// Waits between attempts to connect: doubled from the first to the last.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LAST: Duration = Duration::from_secs(3);
+
+/// Says that at `sent_at` every change up to `applied`, and no other, had been committed, and that the cache has
+/// applied them all.
+#[derive(Clone, Copy, Debug)]
+pub struct Lease {
+    pub applied: Position,
+    pub sent_at: BootTime,
+}
+
+/// How far this process has followed the log, as others see it.
+#[derive(Default)]
+pub struct Progress {
+    lease: ArcSwapOption<Lease>,
+    /// A lease that has not applied this entry is not to be believed; `i64::MAX` while the log itself is not.
+    believed_from: AtomicI64,
+    /// The greatest position that any load or page has seen.
+    seen: Mutex<Position>,
+}
+
+impl Progress {
+    /// The present lease. `None` before the first page, and while the log may be incomplete.
+    #[must_use]
+    pub fn lease(&self) -> Option<Lease> {
+        let lease: Guard<Option<Arc<Lease>>> = self.lease.load();
+        let lease = lease.as_deref()?;
+        (lease.applied.seq >= self.believed_from.load(Ordering::Acquire)).then_some(*lease)
+    }
+
+    /// Whether the log is taken to hold every change.
+    #[must_use]
+    pub fn log_is_believed(&self) -> bool {
+        self.believed_from.load(Ordering::Acquire) != i64::MAX
+    }
+
+    /// Believes no lease until [`Progress::believe_from`].
+    pub fn disbelieve_log(&self) {
+        self.believed_from.store(i64::MAX, Ordering::Release);
+    }
+
+    /// Believes leases that have applied this entry.
+    pub fn believe_from(&self, seq: i64) {
+        self.believed_from.store(seq, Ordering::Release);
+    }
+
+    /// Takes note of a position that is in the database's history.
+    pub fn observe(&self, position: Position) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if position.seq > seen.seq {
+            *seen = position;
+        }
+    }
+
+    fn seen(&self) -> Position {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn renew(&self, lease: Lease) {
+        self.observe(lease.applied);
+        self.lease.store(Some(Arc::new(lease)));
+    }
+
+    /// Starts over at `head`, of a history that need not be the one before.
+    fn restart(&self, head: Position) {
+        self.lease.store(None);
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = head;
+    }
+}
+
+/// Follows the log until it is dropped, through every loss of the connection.
+pub async fn follow(url: DatabaseUrl, cache: Arc<Cache>, progress: Arc<Progress>) {
+    let mut feed = Feed {
+        cache,
+        progress,
+        cursor: None,
+        is_up: true,
+    };
+    let mut retry = RETRY_FIRST;
+    loop {
+        let started = BootTime::now();
+        let Err(error) = feed.follow_connection(&url).await;
+        if feed.is_up {
+            tracing::warn!(%error, "lost the log; cached answers end when their staleness does");
+            feed.is_up = false;
+        }
+        if BootTime::now().since(started) > RETRY_LAST {
+            retry = RETRY_FIRST;
+        }
+        // Half of the wait is random, so that replicas do not come back in step.
+        sleep(retry / 2 + retry.mul_f64(random_fraction() / 2.0)).await;
+        retry = (retry * 2).min(RETRY_LAST);
+    }
+}
+
+struct Feed {
+    cache: Arc<Cache>,
+    progress: Arc<Progress>,
+    /// `None` until the first head is known, and again when the history turns out to be another.
+    cursor: Option<Cursor>,
+    is_up: bool,
+}
+
+impl Feed {
+    async fn follow_connection(
+        &mut self,
+        url: &DatabaseUrl,
+    ) -> Result<std::convert::Infallible, StoreError> {
+        let log = LogReader::open(url).await?;
+        loop {
+            let Some(cursor) = self.cursor else {
+                self.start_at_head(&log).await?;
+                continue;
+            };
+            let sent_at = BootTime::now();
+            let seen = self.progress.seen();
+            let page = within(log.page(cursor, seen, PAGE_ROWS)).await?;
+            if !page.history_holds {
+                tracing::error!(lost = %seen, "the log's history changed: starting over at its head");
+                self.cursor = None;
+                continue;
+            }
+            for (seq, change) in &page.changes {
+                self.cache.apply(*seq, change);
+            }
+            self.cursor = Some(page.next);
+            if page.full {
+                continue;
+            }
+            self.progress.renew(Lease {
+                applied: page.next.applied,
+                sent_at,
+            });
+            if !self.is_up {
+                tracing::info!(position = %page.next.applied, "following the log again");
+                self.is_up = true;
+            }
+            // Either way the next thing is to read.
+            let _elapsed = timeout(POLL_INTERVAL, log.notified()).await;
+        }
+    }
+
+    async fn start_at_head(&mut self, log: &LogReader) -> Result<(), StoreError> {
+        let head = within(log.head()).await?;
+        self.progress.restart(head);
+        self.cache.begin_epoch(head);
+        self.cursor = Some(Cursor::after(head));
+        tracing::info!(position = %head, "following the log");
+        Ok(())
+    }
+}
+
+async fn within<T>(read: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    timeout(PAGE_WAIT_MAX, read).await.unwrap_or_else(|_| {
+        Err(StoreError::Unavailable(format!(
+            "no page of the log within {PAGE_WAIT_MAX:?}"
+        )))
+    })
+}
+
+/// A number from 0 to 1, good enough to spread retries.
+fn random_fraction() -> f64 {
+    f64::from(uuid::Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
+}

@@ -1,0 +1,63 @@
+//! The one place where errors become gRPC statuses.
+
+use std::{collections::HashMap, time::Duration};
+
+use prost::Message;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt, pb};
+
+use crate::loader::LoadError;
+
+const DOMAIN: &str = "hallpass";
+
+/// When to try again while the database is away: reconnecting takes about that long.
+const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
+
+/// When to try again after being turned away: most queues are empty by then.
+const RETRY_OVERLOADED: Duration = Duration::from_millis(100);
+
+/// The request is malformed; names every field that is.
+pub(super) fn invalid(violations: Vec<FieldViolation>) -> Status {
+    let message = violations
+        .iter()
+        .map(|violation| format!("{}: {}", violation.field, violation.description))
+        .collect::<Vec<_>>()
+        .join("; ");
+    let mut details = ErrorDetails::with_bad_request(violations);
+    details.set_error_info("INVALID_REQUEST", DOMAIN, HashMap::new());
+    Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
+/// This mode of consistency is in the contract but not served.
+pub(super) fn not_served(mode: &str) -> Status {
+    let details = ErrorDetails::with_error_info("CONSISTENCY_NOT_SERVED", DOMAIN, HashMap::new());
+    Status::with_error_details(
+        Code::Unimplemented,
+        format!("consistency.{mode} is not served yet; use minimize_latency or fully_consistent"),
+        details,
+    )
+}
+
+impl From<LoadError> for Status {
+    fn from(error: LoadError) -> Self {
+        let (code, reason, retry) = match error {
+            LoadError::Unavailable => {
+                (Code::Unavailable, "DATABASE_UNAVAILABLE", RETRY_UNAVAILABLE)
+            }
+            LoadError::Overloaded => (Code::ResourceExhausted, "OVERLOADED", RETRY_OVERLOADED),
+        };
+        let mut details = ErrorDetails::with_retry_info(Some(retry));
+        details.set_error_info(reason, DOMAIN, HashMap::new());
+        Self::with_error_details(code, error.to_string(), details)
+    }
+}
+
+/// A status as a message, for an item of a batch.
+pub(super) fn to_message(status: &Status) -> pb::Status {
+    // The details of every status made here are a whole google.rpc.Status.
+    pb::Status::decode(status.details()).unwrap_or_else(|_| pb::Status {
+        code: status.code().into(),
+        message: status.message().to_owned(),
+        details: Vec::new(),
+    })
+}

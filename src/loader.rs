@@ -1,0 +1,281 @@
+//! Answers misses: loads subjects from the database, many at once, each at most once at a time.
+//!
+//! Invariants: its own task, so that a caller who goes away cancels nothing; no error is remembered; what is in
+//! flight and what waits is bounded; and a load that must be fresh never joins a statement that is already on its way.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+};
+
+use thiserror::Error;
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::{Id, JoinError, JoinSet},
+};
+
+use crate::{
+    cache::{Cache, Entry},
+    feed::Progress,
+    model::{BootTime, Position, Subject},
+    store::{POOL_SIZE, Store, StoreError, load::ReadFrom},
+};
+
+/// Statements on their way at once: one a connection.
+const FLIGHTS_MAX: usize = POOL_SIZE;
+
+/// Requests that wait for a statement. At a millisecond a statement they wait a second at the very most.
+const QUEUE_MAX: usize = 10_000;
+
+/// Subjects that small requests are put together to. A larger request makes a statement of its own, so that a large
+/// batch does not slow the small misses that arrive with it.
+const SHARED_SUBJECTS_MAX: usize = 500;
+
+/// What one statement found.
+pub struct Load {
+    pub entries: HashMap<Subject, Arc<Entry>>,
+    pub head: Position,
+    pub sent_at: BootTime,
+}
+
+/// Why a load has no result.
+#[derive(Clone, Debug, Error)]
+pub enum LoadError {
+    /// The database could not be asked, or did not answer as it must.
+    #[error("the database cannot be asked")]
+    Unavailable,
+    /// Too many requests wait already.
+    #[error("too many requests wait for the database")]
+    Overloaded,
+}
+
+/// Which statements may answer a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Join {
+    /// One that is on its way already, sent at this time or later.
+    SentSince(BootTime),
+    /// Only one that is sent from now on.
+    None,
+}
+
+struct Request {
+    /// Distinct.
+    subjects: Vec<Subject>,
+    join: Join,
+    reply: oneshot::Sender<Result<Arc<Load>, LoadError>>,
+}
+
+/// A handle to the loader's task.
+#[derive(Clone)]
+pub struct Loader {
+    requests: mpsc::Sender<Request>,
+}
+
+impl Loader {
+    /// A handle, and the task to spawn; the task ends with the last handle.
+    pub fn new(
+        store: Arc<Store>,
+        cache: Arc<Cache>,
+        progress: Arc<Progress>,
+    ) -> (Self, impl Future<Output = ()>) {
+        let (requests, receiver) = mpsc::channel(QUEUE_MAX);
+        let task = Task {
+            source: Arc::new(Source {
+                store,
+                cache,
+                progress,
+            }),
+            queue: VecDeque::new(),
+            flights: JoinSet::new(),
+            waiting: HashMap::new(),
+            flying: HashMap::new(),
+            is_up: true,
+        };
+        (Self { requests }, task.run(receiver))
+    }
+
+    /// Loads distinct subjects with one statement.
+    ///
+    /// # Errors
+    /// When the database cannot be asked, or too many requests wait.
+    pub async fn load(&self, subjects: Vec<Subject>, join: Join) -> Result<Arc<Load>, LoadError> {
+        let (reply, answer) = oneshot::channel();
+        self.requests
+            .try_send(Request {
+                subjects,
+                join,
+                reply,
+            })
+            .map_err(|_| LoadError::Overloaded)?;
+        answer.await.unwrap_or(Err(LoadError::Unavailable))
+    }
+}
+
+/// What a statement needs.
+struct Source {
+    store: Arc<Store>,
+    cache: Arc<Cache>,
+    progress: Arc<Progress>,
+}
+
+impl Source {
+    async fn load(
+        &self,
+        subjects: Vec<Subject>,
+        from: ReadFrom,
+        sent_at: BootTime,
+    ) -> Result<Load, StoreError> {
+        let epoch = self.cache.epoch();
+        let loaded = self.store.load(&subjects, from).await?;
+        self.progress.observe(loaded.head);
+        let entries = loaded
+            .subjects
+            .into_iter()
+            .map(|(subject, permissions)| {
+                (
+                    subject,
+                    self.cache.insert(subject, permissions, loaded.head, epoch),
+                )
+            })
+            .collect();
+        Ok(Load {
+            entries,
+            head: loaded.head,
+            sent_at,
+        })
+    }
+}
+
+struct Flight {
+    subjects: Vec<Subject>,
+    waiters: Vec<oneshot::Sender<Result<Arc<Load>, LoadError>>>,
+    sent_at: BootTime,
+}
+
+struct Task {
+    source: Arc<Source>,
+    queue: VecDeque<Request>,
+    flights: JoinSet<Result<Load, StoreError>>,
+    waiting: HashMap<Id, Flight>,
+    /// The newest flight that loads each subject.
+    flying: HashMap<Subject, Id>,
+    is_up: bool,
+}
+
+impl Task {
+    async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
+        let mut arrived = Vec::new();
+        loop {
+            while self.flights.len() < FLIGHTS_MAX && !self.queue.is_empty() {
+                self.send_statement();
+            }
+            let room = QUEUE_MAX - self.queue.len();
+            tokio::select! {
+                count = requests.recv_many(&mut arrived, room.max(1)), if room > 0 => {
+                    if count == 0 {
+                        break;
+                    }
+                    arrived.drain(..).for_each(|request| self.accept(request));
+                }
+                Some(done) = self.flights.join_next_with_id() => self.land(done),
+            }
+        }
+    }
+
+    /// Lets a request join a flight, or queues it.
+    fn accept(&mut self, request: Request) {
+        if let (Join::SentSince(earliest), [subject]) = (request.join, request.subjects.as_slice())
+            && let Some(flight) = self
+                .flying
+                .get(subject)
+                .and_then(|id| self.waiting.get_mut(id))
+            && flight.sent_at >= earliest
+        {
+            flight.waiters.push(request.reply);
+            return;
+        }
+        self.queue.push_back(request);
+    }
+
+    /// Sends one statement for the requests at the head of the queue.
+    fn send_statement(&mut self) {
+        let mut subjects: HashSet<Subject> = HashSet::new();
+        let mut waiters = Vec::new();
+        let mut from = ReadFrom::MatrixOrView;
+        while let Some(request) = self.queue.front() {
+            if !waiters.is_empty() && subjects.len() + request.subjects.len() > SHARED_SUBJECTS_MAX
+            {
+                break;
+            }
+            let Some(request) = self.queue.pop_front() else {
+                break;
+            };
+            if request.reply.is_closed() {
+                continue;
+            }
+            // What must be fresh reads the tables themselves, whatever the log says of the matrix.
+            if request.join == Join::None {
+                from = ReadFrom::View;
+            }
+            subjects.extend(request.subjects);
+            waiters.push(request.reply);
+        }
+        if waiters.is_empty() {
+            return;
+        }
+        if !self.source.progress.log_is_believed() {
+            from = ReadFrom::View;
+        }
+        let subjects: Vec<Subject> = subjects.into_iter().collect();
+        let sent_at = BootTime::now();
+        let source = Arc::clone(&self.source);
+        let asked = subjects.clone();
+        let id = self
+            .flights
+            .spawn(async move { source.load(asked, from, sent_at).await })
+            .id();
+        self.flying
+            .extend(subjects.iter().map(|subject| (*subject, id)));
+        self.waiting.insert(
+            id,
+            Flight {
+                subjects,
+                waiters,
+                sent_at,
+            },
+        );
+    }
+
+    /// Hands a flight's result to those who wait for it.
+    fn land(&mut self, done: Result<(Id, Result<Load, StoreError>), JoinError>) {
+        let (id, loaded) = match done {
+            Ok((id, loaded)) => (id, loaded),
+            // A panic has been reported where it happened; the waiters learn that there is no answer.
+            Err(error) => (error.id(), Err(StoreError::Wrong(error.to_string()))),
+        };
+        let Some(flight) = self.waiting.remove(&id) else {
+            return;
+        };
+        for subject in &flight.subjects {
+            if self.flying.get(subject) == Some(&id) {
+                self.flying.remove(subject);
+            }
+        }
+        self.report(&loaded);
+        let result = loaded.map(Arc::new).map_err(|_| LoadError::Unavailable);
+        for waiter in flight.waiters {
+            // A caller who is gone needs no answer.
+            let _ = waiter.send(result.clone());
+        }
+    }
+
+    /// Logs a change of state, not each failure.
+    fn report(&mut self, loaded: &Result<Load, StoreError>) {
+        match loaded {
+            Ok(_) if !self.is_up => tracing::info!("the database answers again"),
+            Err(error) if self.is_up => tracing::warn!(%error, "the database does not answer"),
+            _ => {}
+        }
+        self.is_up = loaded.is_ok();
+    }
+}

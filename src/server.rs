@@ -1,0 +1,327 @@
+//! Puts the parts together and runs them: every task is started here, and ends before `run` does.
+//!
+//! Invariant: health says SERVING only while the schema is current, the log is believed, and answers can be given.
+
+use std::{future::Future, io, sync::Arc, time::Duration};
+
+use thiserror::Error;
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tonic::{
+    codec::CompressionEncoding,
+    transport::{
+        Server,
+        server::{Router, TcpIncoming},
+    },
+};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    cache::Cache,
+    check::Checker,
+    feed::{self, Progress},
+    grpc::{permission_service::PermissionService, v1},
+    loader::Loader,
+    model::BootTime,
+    store::{
+        DatabaseUrl, DedicatedConnection, Store, StoreError,
+        migrations::{self, SchemaState},
+    },
+    upkeep,
+};
+
+/// What the service needs to know.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub database: DatabaseUrl,
+    pub staleness_bound: Duration,
+    pub cache_capacity: u64,
+    pub warm_up_max: Duration,
+    pub matrix_refresh_interval: Duration,
+    pub lame_duck: Duration,
+}
+
+/// A bound socket.
+pub enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// Why the service ended otherwise than by being told to.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// It could not start, and waiting would not help.
+    #[error(transparent)]
+    Database(#[from] StoreError),
+    #[error(
+        "the database's schema is at version {0}, newer than this program knows: use a newer hallpass"
+    )]
+    SchemaAhead(i32),
+    #[error("applied migrations differ from this program's: {}", .0.join(", "))]
+    SchemaChanged(Vec<&'static str>),
+    #[error("cannot serve: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    #[error("cannot serve: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    #[error("cannot listen: {0}")]
+    Listen(#[from] io::Error),
+}
+
+/// The name under which health is asked for.
+const SERVICE: &str = v1::permission_service_server::SERVICE_NAME;
+
+/// Waits between looks at a database that is away or behind at start.
+const START_RETRY: Duration = Duration::from_millis(500);
+
+/// How often health is decided anew.
+const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long calls under way may take to end once the service stops.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
+
+/// A connection whose peer does not answer a ping is closed; so half-open ones do not pile up.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Calls at once on one connection: as many as a busy client's pool has in flight, few enough to bound their buffers.
+const STREAMS_A_CONNECTION_MAX: u32 = 1_000;
+
+/// A request of 10,000 items is about 1.2 MB.
+const REQUEST_BYTES_MAX: usize = 4 << 20;
+
+/// Runs the service until `shutdown` completes, then drains it; calls `on_ready` once answers can be given.
+///
+/// # Errors
+/// When it cannot start, or a listener fails.
+pub async fn run(
+    config: Config,
+    listener: Listener,
+    on_ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let store = Arc::new(Store::new(&config.database)?);
+    let cache = Arc::new(Cache::new(config.cache_capacity));
+    let progress = Arc::new(Progress::default());
+    // Nothing is believed until the first inspection.
+    progress.disbelieve_log();
+    let (loader, loader_task) = Loader::new(
+        Arc::clone(&store),
+        Arc::clone(&cache),
+        Arc::clone(&progress),
+    );
+    let checker = Arc::new(Checker {
+        cache,
+        progress,
+        loader,
+        store,
+        staleness_bound: config.staleness_bound,
+    });
+
+    let (health, health_service) = tonic_health::server::health_reporter();
+    report(&health, ServingStatus::NotServing).await;
+    let router = router()
+        .add_service(health_service)
+        .add_service(
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .build_v1()?,
+        )
+        .add_service(
+            v1::permission_service_server::PermissionServiceServer::new(PermissionService::new(
+                Arc::clone(&checker),
+            ))
+            .max_decoding_message_size(REQUEST_BYTES_MAX)
+            .accept_compressed(CompressionEncoding::Gzip)
+            .send_compressed(CompressionEncoding::Gzip),
+        );
+
+    // Both are aborted when this function returns.
+    let mut background = JoinSet::new();
+    background.spawn(loader_task);
+    let stop = CancellationToken::new();
+    let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
+        router,
+        listener,
+        stop.clone().cancelled_owned(),
+    )));
+    let watched = async {
+        start(&config, &checker, &mut background).await?;
+        watch_health(&checker, &health, on_ready).await
+    };
+    tokio::select! {
+        fatal = watched => { let Err(error) = fatal; return Err(error); }
+        ended = &mut server => return ended.unwrap_or_else(|panic| Err(io::Error::other(panic).into())),
+        () = shutdown => {}
+    }
+
+    tracing::info!("stopping");
+    report(&health, ServingStatus::NotServing).await;
+    sleep(config.lame_duck).await;
+    stop.cancel();
+    match timeout(DRAIN_MAX, &mut server).await {
+        Ok(ended) => ended.unwrap_or_else(|panic| Err(io::Error::other(panic).into())),
+        Err(_) => {
+            tracing::warn!("calls were still under way after {DRAIN_MAX:?}: cut off");
+            Ok(())
+        }
+    }
+}
+
+fn router() -> Server {
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
+}
+
+async fn serve(
+    router: Router,
+    listener: Listener,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    match listener {
+        Listener::Tcp(listener) => {
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            router.serve_with_incoming_shutdown(incoming, stop).await?;
+        }
+        Listener::Unix(listener) => {
+            let incoming = UnixListenerStream::new(listener);
+            router.serve_with_incoming_shutdown(incoming, stop).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn report(health: &HealthReporter, status: ServingStatus) {
+    health.set_service_status("", status).await;
+    health.set_service_status(SERVICE, status).await;
+}
+
+/// Everything that must be so before the first answer: schema, pool, log, inspection, and a warm cache or its time up.
+async fn start(
+    config: &Config,
+    checker: &Arc<Checker>,
+    background: &mut JoinSet<()>,
+) -> Result<(), ServeError> {
+    let started = Instant::now();
+    wait_for_schema(&config.database).await?;
+    while let Err(error) = checker.store.fill_pool().await {
+        tracing::warn!(%error, "the pool is not filled yet");
+        sleep(START_RETRY).await;
+    }
+    let (inspected, mut inspection) = watch::channel(false);
+    background.spawn(upkeep::inspect(
+        config.database.clone(),
+        Arc::clone(&checker.progress),
+        inspected,
+    ));
+    background.spawn(feed::follow(
+        config.database.clone(),
+        Arc::clone(&checker.cache),
+        Arc::clone(&checker.progress),
+    ));
+    background.spawn(upkeep::refresh(
+        config.database.clone(),
+        config.matrix_refresh_interval,
+    ));
+    // The sender lives as long as the inspecting task, which never ends by itself.
+    let _inspected = inspection.wait_for(|inspected| *inspected).await;
+    while checker.progress.lease().is_none() {
+        sleep(HEALTH_INTERVAL).await;
+    }
+    let warm_up = tokio::spawn(warm_up(Arc::clone(checker), config.cache_capacity));
+    if timeout(config.warm_up_max, warm_up).await.is_err() {
+        tracing::warn!(
+            "the cache is not warm after {:?}: ready all the same",
+            config.warm_up_max
+        );
+    }
+    tracing::info!(elapsed = ?started.elapsed(), "ready");
+    Ok(())
+}
+
+async fn warm_up(checker: Arc<Checker>, capacity: u64) {
+    let started = Instant::now();
+    if let Ok(users) = upkeep::warm_up(&checker.store, &checker.loader, capacity).await {
+        tracing::info!(users, elapsed = ?started.elapsed(), "warmed the cache");
+    }
+}
+
+/// Returns when the schema is this program's; says once what it waits for.
+async fn wait_for_schema(url: &DatabaseUrl) -> Result<(), ServeError> {
+    let mut said = String::new();
+    loop {
+        let state = async {
+            let connection = DedicatedConnection::open(url, None).await?;
+            migrations::schema_state(&connection).await
+        };
+        let waits_for = match state.await {
+            Ok(SchemaState::Current) => return Ok(()),
+            Ok(SchemaState::Ahead(version)) => return Err(ServeError::SchemaAhead(version)),
+            Ok(SchemaState::Changed(names)) => return Err(ServeError::SchemaChanged(names)),
+            Ok(SchemaState::Behind(missing)) => {
+                format!(
+                    "waiting for `hallpass migrate`: {} migrations to apply",
+                    missing.len()
+                )
+            }
+            Err(StoreError::Unavailable(error)) => format!("waiting for the database: {error}"),
+            Err(StoreError::Standby) => "waiting for the primary: this is a standby".to_owned(),
+            Err(fatal) => return Err(fatal.into()),
+        };
+        if waits_for != said {
+            tracing::warn!("{waits_for}");
+            said = waits_for;
+        }
+        sleep(START_RETRY).await;
+    }
+}
+
+/// Decides health until the service stops.
+async fn watch_health(
+    checker: &Checker,
+    health: &HealthReporter,
+    on_ready: impl FnOnce(),
+) -> Result<std::convert::Infallible, ServeError> {
+    let mut serving = false;
+    let mut on_ready = Some(on_ready);
+    loop {
+        let now = can_answer(checker).await;
+        if now != serving {
+            serving = now;
+            let status = if now {
+                ServingStatus::Serving
+            } else {
+                ServingStatus::NotServing
+            };
+            tracing::info!(%status, "health");
+            report(health, status).await;
+            if let (true, Some(on_ready)) = (now, on_ready.take()) {
+                on_ready();
+            }
+        }
+        sleep(HEALTH_INTERVAL).await;
+    }
+}
+
+/// From the cache, or else from the database; never while changes may go unrecorded.
+async fn can_answer(checker: &Checker) -> bool {
+    if !checker.progress.log_is_believed() {
+        return false;
+    }
+    let staleness = checker
+        .progress
+        .lease()
+        .map(|lease| BootTime::now().since(lease.sent_at));
+    if staleness.is_some_and(|staleness| staleness <= checker.staleness_bound) {
+        return true;
+    }
+    checker.store.ping().await.is_ok()
+}

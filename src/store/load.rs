@@ -1,0 +1,307 @@
+//! What PostgreSQL says of a set of subjects, in one statement and hence one snapshot.
+
+use std::{collections::HashMap, sync::Arc};
+
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+use super::{Store, StoreError};
+use crate::model::{
+    Catalog, DecidedPermission, Membership, OrganizationId, PermissionTemplate, Position, Reason,
+    Subject, SubjectPermissions, UserId,
+};
+
+/// What one load found: every subject that was asked for, and the head of its snapshot.
+pub struct Loaded {
+    pub head: Position,
+    pub subjects: HashMap<Subject, SubjectPermissions>,
+}
+
+/// Which rows a load may read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadFrom {
+    /// The materialized matrix where the log says that it is the truth, else the live view.
+    MatrixOrView,
+    /// The live view alone.
+    View,
+}
+
+const LOAD: &str = "
+SELECT org_id, user_id, role, permission_keys, reasons, min_roles, enabled,
+       permission_names, module_names, head_seq, head_uid, in_recovery
+FROM hallpass.load($1, $2, $3)";
+
+/// The facts behind one decision.
+#[derive(Clone, Debug)]
+pub struct Explanation {
+    pub head: Position,
+    pub reason: Reason,
+    pub role: String,
+    pub role_rank: Option<i32>,
+    pub effective_min_role: String,
+    /// `None` for a permission or a user without a row to decide by.
+    pub min_role_is_override: Option<bool>,
+    pub enabled: bool,
+    pub specific_user: bool,
+}
+
+const EXPLAIN: &str = "
+SELECT h.seq, h.uid, pg_is_in_recovery(), t.permission_key IS NOT NULL, m.org_id IS NOT NULL,
+       coalesce(m.role::text, ''), r.rank, coalesce(e.effective_min_role, t.default_min_role, '')::text,
+       e.min_role_source = 'OVERRIDE', coalesce(e.is_enabled, false), coalesce(e.specific_user, false), e.reason
+FROM (VALUES ($1::uuid, $2::uuid, $3::text)) asked (org_id, user_id, permission_key)
+LEFT JOIN LATERAL (SELECT seq, uid FROM hallpass.log ORDER BY seq DESC LIMIT 1) h ON true
+LEFT JOIN public.organization_permission_templates t ON t.permission_key = asked.permission_key
+LEFT JOIN hallpass.members m ON m.org_id = asked.org_id AND m.user_id = asked.user_id
+LEFT JOIN public.permission_roles r ON r.role_key = m.role
+LEFT JOIN public.effective_user_permissions e
+       ON e.org_id = asked.org_id AND e.user_id = asked.user_id AND e.permission_key = asked.permission_key";
+
+const NEXT_MEMBERS: &str = "
+SELECT org_id, user_id FROM hallpass.members
+WHERE (org_id, user_id) > ($1, $2) ORDER BY org_id, user_id LIMIT $3";
+
+impl Store {
+    /// Loads distinct subjects.
+    ///
+    /// # Errors
+    /// When the database is away, a standby, or answers what it must not.
+    pub async fn load(&self, subjects: &[Subject], from: ReadFrom) -> Result<Loaded, StoreError> {
+        let organizations: Vec<Uuid> = subjects.iter().map(|s| s.organization.0).collect();
+        let users: Vec<Uuid> = subjects.iter().map(|s| s.user.0).collect();
+        let believe_matrix = from == ReadFrom::MatrixOrView;
+        let rows = self
+            .query(LOAD, &[&organizations, &users, &believe_matrix])
+            .await?;
+        let (header, members) = rows
+            .split_first()
+            .ok_or_else(|| StoreError::Wrong("a load without its first row".to_owned()))?;
+        refuse_standby(header, 11)?;
+        let catalog = self.decode_catalog(header)?;
+        let mut loaded = decode_members(&catalog, members)?;
+        for subject in subjects {
+            loaded
+                .entry(*subject)
+                .or_insert_with(|| SubjectPermissions {
+                    catalog: Arc::clone(&catalog),
+                    membership: None,
+                });
+        }
+        Ok(Loaded {
+            head: decode_head(header, 9)?,
+            subjects: loaded,
+        })
+    }
+
+    /// Decides one permission and says why, from the live view.
+    ///
+    /// # Errors
+    /// As [`Store::load`].
+    pub async fn explain(
+        &self,
+        subject: Subject,
+        permission: &str,
+    ) -> Result<Explanation, StoreError> {
+        let rows = self
+            .query(
+                EXPLAIN,
+                &[&subject.organization.0, &subject.user.0, &permission],
+            )
+            .await?;
+        let row = rows
+            .first()
+            .ok_or_else(|| StoreError::Wrong("no row explains".to_owned()))?;
+        refuse_standby(row, 2)?;
+        let is_known: bool = row.try_get(3)?;
+        let is_member: bool = row.try_get(4)?;
+        let reason = match (is_known, is_member) {
+            (false, _) => Reason::UnknownPermission,
+            (true, false) => Reason::NotAMember,
+            (true, true) => decode_reason(row.try_get::<_, Option<&str>>(11)?.unwrap_or_default())?,
+        };
+        Ok(Explanation {
+            head: decode_head(row, 0)?,
+            reason,
+            role: row.try_get(5)?,
+            role_rank: row.try_get(6)?,
+            effective_min_role: row.try_get(7)?,
+            min_role_is_override: row.try_get(8)?,
+            enabled: row.try_get(9)?,
+            specific_user: row.try_get(10)?,
+        })
+    }
+
+    /// The next members after `after`, in order of (organization, user); the nil ids come before all.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn next_members(
+        &self,
+        after: Subject,
+        count: i64,
+    ) -> Result<Vec<Subject>, StoreError> {
+        let rows = self
+            .query(
+                NEXT_MEMBERS,
+                &[&after.organization.0, &after.user.0, &count],
+            )
+            .await?;
+        rows.iter().map(decode_subject).collect()
+    }
+
+    /// The header's catalog; the one in use when it is the same.
+    fn decode_catalog(&self, header: &Row) -> Result<Arc<Catalog>, StoreError> {
+        let keys: Vec<&str> = header.try_get::<_, Option<_>>(3)?.unwrap_or_default();
+        let names: Vec<&str> = header.try_get::<_, Option<_>>(7)?.unwrap_or_default();
+        let modules: Vec<&str> = header.try_get::<_, Option<_>>(8)?.unwrap_or_default();
+        let known = self.catalog.load();
+        let same = known.permissions().len() == keys.len()
+            && (known.permissions().iter())
+                .zip(keys.iter().zip(names.iter().zip(&modules)))
+                .all(|(p, (key, (name, module)))| {
+                    *p.key == **key && *p.name == **name && *p.module == **module
+                });
+        if same {
+            return Ok(Arc::clone(&known));
+        }
+        let permissions = keys
+            .iter()
+            .zip(names.iter().zip(&modules))
+            .map(|(key, (name, module))| PermissionTemplate {
+                key: (*key).into(),
+                name: (*name).into(),
+                module: (*module).into(),
+            })
+            .collect();
+        let catalog = Arc::new(Catalog::new(permissions));
+        self.catalog.store(Arc::clone(&catalog));
+        Ok(catalog)
+    }
+}
+
+/// A standby lags without a bound, and a SELECT there never fails: its answers are refused here.
+pub(super) fn refuse_standby(row: &Row, index: usize) -> Result<(), StoreError> {
+    if row.try_get(index)? {
+        return Err(StoreError::Standby);
+    }
+    Ok(())
+}
+
+/// The head in two columns from `index` on; both NULL before the first entry.
+pub(super) fn decode_head(row: &Row, index: usize) -> Result<Position, StoreError> {
+    let seq: Option<i64> = row.try_get(index)?;
+    let uid: Option<i32> = row.try_get(index + 1)?;
+    Ok(match (seq, uid) {
+        (Some(seq), Some(uid)) => Position {
+            seq,
+            uid: uid.cast_unsigned(),
+        },
+        _ => Position::ZERO,
+    })
+}
+
+fn decode_subject(row: &Row) -> Result<Subject, StoreError> {
+    Ok(Subject {
+        organization: OrganizationId(row.try_get(0)?),
+        user: UserId(row.try_get(1)?),
+    })
+}
+
+fn decode_reason(name: &str) -> Result<Reason, StoreError> {
+    Reason::from_sql(name).ok_or_else(|| StoreError::Wrong(format!("unknown reason `{name}`")))
+}
+
+fn decode_members(
+    catalog: &Arc<Catalog>,
+    rows: &[Row],
+) -> Result<HashMap<Subject, SubjectPermissions>, StoreError> {
+    let mut names = Names::default();
+    let mut members = HashMap::with_capacity(rows.len());
+    for row in rows {
+        let permissions = SubjectPermissions {
+            catalog: Arc::clone(catalog),
+            membership: Some(decode_membership(catalog, row, &mut names)?),
+        };
+        members.insert(decode_subject(row)?, permissions);
+    }
+    Ok(members)
+}
+
+/// Puts a member's rows into the catalog's order; each permission of the catalog must be there exactly once.
+fn decode_membership(
+    catalog: &Catalog,
+    row: &Row,
+    names: &mut Names,
+) -> Result<Membership, StoreError> {
+    let keys: Vec<Option<&str>> = row.try_get::<_, Option<_>>(3)?.unwrap_or_default();
+    let reasons: Vec<Option<&str>> = row.try_get::<_, Option<_>>(4)?.unwrap_or_default();
+    let min_roles: Vec<Option<&str>> = row.try_get::<_, Option<_>>(5)?.unwrap_or_default();
+    let enabled: Vec<Option<bool>> = row.try_get::<_, Option<_>>(6)?.unwrap_or_default();
+    let mut decided: Vec<Option<DecidedPermission>> = vec![None; catalog.permissions().len()];
+    let mut distinct_roles: Vec<Arc<str>> = Vec::new();
+    for (((key, reason), min_role), enabled) in
+        keys.iter().zip(&reasons).zip(&min_roles).zip(&enabled)
+    {
+        // A member of an empty catalog has one row of NULLs.
+        let (Some(key), Some(reason)) = (key, reason) else {
+            continue;
+        };
+        let index = catalog.index_of(key).ok_or_else(|| {
+            StoreError::Wrong(format!(
+                "permission `{key}` is decided but not in the catalog"
+            ))
+        })?;
+        let min_role = min_role.unwrap_or_default();
+        let position = distinct_roles
+            .iter()
+            .position(|role| **role == *min_role)
+            .unwrap_or_else(|| {
+                distinct_roles.push(names.intern(min_role));
+                distinct_roles.len() - 1
+            });
+        decided[index] = Some(DecidedPermission {
+            reason: decode_reason(reason)?,
+            enabled: enabled.unwrap_or(true),
+            min_role: u16::try_from(position)
+                .map_err(|_| StoreError::Wrong("more than 65,536 minimum roles".to_owned()))?,
+        });
+    }
+    let decided = decided
+        .into_iter()
+        .collect::<Option<Box<[_]>>>()
+        .ok_or_else(|| {
+            StoreError::Wrong("a permission of the catalog is not decided".to_owned())
+        })?;
+    Ok(Membership {
+        role: names.intern(row.try_get::<_, Option<&str>>(2)?.unwrap_or_default()),
+        decided,
+        min_roles: names.intern_list(distinct_roles),
+    })
+}
+
+/// Shares the few role names, and lists of them, among the many members of one load.
+#[derive(Default)]
+struct Names {
+    names: Vec<Arc<str>>,
+    lists: Vec<Arc<[Arc<str>]>>,
+}
+
+impl Names {
+    fn intern(&mut self, name: &str) -> Arc<str> {
+        if let Some(known) = self.names.iter().find(|known| ***known == *name) {
+            return Arc::clone(known);
+        }
+        let new: Arc<str> = name.into();
+        self.names.push(Arc::clone(&new));
+        new
+    }
+
+    fn intern_list(&mut self, list: Vec<Arc<str>>) -> Arc<[Arc<str>]> {
+        if let Some(known) = self.lists.iter().find(|known| ***known == *list) {
+            return Arc::clone(known);
+        }
+        let new: Arc<[Arc<str>]> = list.into();
+        self.lists.push(Arc::clone(&new));
+        new
+    }
+}

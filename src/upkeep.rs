@@ -1,0 +1,154 @@
+//! What runs in the background: the inspection of the log's triggers, the refresh of the matrix, the warm start.
+//!
+//! Invariant: nothing here is waited for by a request, and a failure is tried again, not passed on.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, sleep},
+};
+use uuid::Uuid;
+
+use crate::{
+    feed::Progress,
+    loader::{Join, LoadError, Loader},
+    model::{BootTime, OrganizationId, Subject, UserId},
+    store::{DatabaseUrl, DedicatedConnection, Store, StoreError},
+};
+
+/// How long a change can go past disabled triggers unnoticed.
+const INSPECTION_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The wait before background work that failed is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// A refresh waits at least this many times its own duration before the next: at most a fifth of the time is refresh.
+const REFRESH_REST: u32 = 4;
+
+/// Subjects a statement of the warm start.
+const WARM_UP_PAGE: i64 = 500;
+
+/// Statements of the warm start under way at once; the rest of the pool is left to misses.
+const WARM_UP_FLIGHTS_MAX: usize = 4;
+
+/// Inspects the log every minute and lets leases be believed while nothing is wrong; `inspected` is told once the
+/// first inspection is done.
+pub async fn inspect(url: DatabaseUrl, progress: Arc<Progress>, inspected: watch::Sender<bool>) {
+    let mut known_problems = Vec::new();
+    loop {
+        let Err(error) =
+            inspect_on_connection(&url, &progress, &inspected, &mut known_problems).await;
+        tracing::warn!(%error, "the log was not inspected");
+        sleep(RETRY).await;
+    }
+}
+
+async fn inspect_on_connection(
+    url: &DatabaseUrl,
+    progress: &Progress,
+    inspected: &watch::Sender<bool>,
+    known_problems: &mut Vec<String>,
+) -> Result<std::convert::Infallible, StoreError> {
+    let connection = DedicatedConnection::open(url, Some(INSPECTION_INTERVAL)).await?;
+    loop {
+        let inspection = connection.inspect().await?;
+        if inspection.problems.is_empty() {
+            if !progress.log_is_believed() {
+                tracing::info!("the log is complete again");
+            }
+            progress.believe_from(inspection.head_seq);
+        } else {
+            progress.disbelieve_log();
+            if inspection.problems != *known_problems {
+                for problem in &inspection.problems {
+                    tracing::error!(%problem, "changes may go unrecorded: not serving from the cache");
+                }
+            }
+        }
+        *known_problems = inspection.problems;
+        inspected.send_replace(true);
+        connection.clear_pending().await?;
+        sleep(INSPECTION_INTERVAL).await;
+    }
+}
+
+/// Refreshes the matrix whenever it is behind the log, no more often than `interval`.
+pub async fn refresh(url: DatabaseUrl, interval: Duration) {
+    loop {
+        let started = Instant::now();
+        let refreshed = async {
+            DedicatedConnection::open(&url, None)
+                .await?
+                .refresh_matrix()
+                .await
+        }
+        .await;
+        let elapsed = started.elapsed();
+        let rest = match refreshed {
+            Ok(true) => {
+                tracing::info!(?elapsed, "refreshed the matrix");
+                interval.max(elapsed * REFRESH_REST)
+            }
+            Ok(false) => interval,
+            Err(error) => {
+                tracing::warn!(%error, "the matrix was not refreshed");
+                interval.max(RETRY)
+            }
+        };
+        sleep(rest).await;
+    }
+}
+
+/// Loads members into the cache, up to `subjects_max` of them; returns how many.
+///
+/// # Errors
+/// When the database cannot be asked.
+pub async fn warm_up(store: &Store, loader: &Loader, subjects_max: u64) -> Result<u64, LoadError> {
+    let nil = Subject {
+        organization: OrganizationId(Uuid::nil()),
+        user: UserId(Uuid::nil()),
+    };
+    let mut after = nil;
+    let mut warmed = 0;
+    let mut flights = JoinSet::new();
+    loop {
+        let page = store
+            .next_members(after, WARM_UP_PAGE)
+            .await
+            .map_err(|error| {
+                tracing::warn!(%error, "the cache was not warmed");
+                LoadError::Unavailable
+            })?;
+        let (Some(last), true) = (page.last(), warmed < subjects_max) else {
+            break;
+        };
+        after = *last;
+        warmed += page.len() as u64;
+        if flights.len() >= WARM_UP_FLIGHTS_MAX {
+            landed(flights.join_next().await)?;
+        }
+        let loader = loader.clone();
+        flights.spawn(async move {
+            loader
+                .load(page, Join::SentSince(BootTime::now()))
+                .await
+                .map(drop)
+        });
+    }
+    while let Some(flight) = flights.join_next().await {
+        landed(Some(flight))?;
+    }
+    Ok(warmed)
+}
+
+fn landed(
+    flight: Option<Result<Result<(), LoadError>, tokio::task::JoinError>>,
+) -> Result<(), LoadError> {
+    match flight {
+        Some(Ok(loaded)) => loaded,
+        None => Ok(()),
+        Some(Err(_panic)) => Err(LoadError::Unavailable),
+    }
+}

@@ -1,0 +1,210 @@
+//! A database a test, cloned from a migrated template in the process's cluster; and reading its tables as plain data.
+
+use std::{
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use hallpass::store::migrations::migrate;
+use tokio::{sync::OnceCell, time::sleep, try_join};
+use tokio_postgres::{Client, NoTls};
+use uuid::Uuid;
+
+use crate::{
+    names::{NO_ORGANIZATION, Names, id},
+    oracle::{Override, Template, World},
+    support,
+};
+
+const TEMPLATE: &str = "migrated";
+
+/// What nothing here should take; a test that gets there has failed.
+const PATIENCE: Duration = Duration::from_secs(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+const IS_LEFT_ALONE: &str = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = $1)";
+
+const CATALOG: &str = "
+SELECT permission_key, module_name, default_min_role FROM public.organization_permission_templates";
+
+/// An array of any dimensions is read as a plain list.
+const OVERRIDES: &str = "
+SELECT org_id, permission_key, min_role_required, is_enabled,
+       CASE WHEN specific_users IS NOT NULL THEN ARRAY(SELECT unnest(specific_users)) END
+FROM public.organization_permissions";
+
+const EMPTY: &str = "
+TRUNCATE public.profiles, public.organization_permissions, public.organizations,
+         public.organization_permission_templates, public.permission_roles";
+
+const INSERT_TEMPLATE: &str = "
+INSERT INTO public.organization_permission_templates (module_name, permission_key, permission_name, default_min_role)
+VALUES ($1, $2, initcap($2), $3)";
+
+const INSERT_OVERRIDE: &str = "
+INSERT INTO public.organization_permissions (org_id, permission_key, min_role_required, is_enabled, specific_users)
+VALUES ($1, $2, $3, $4, $5)";
+
+/// A test's own database, with the whole schema in it and the seeded catalog and ladder.
+pub(crate) struct Database {
+    pub(crate) url: String,
+}
+
+impl Database {
+    /// Takes about 50 ms: PostgreSQL copies the template's files.
+    pub(crate) async fn create() -> Self {
+        static MIGRATED: OnceCell<()> = OnceCell::const_new();
+        MIGRATED.get_or_init(migrate_template).await;
+        Self::copy(TEMPLATE).await
+    }
+
+    /// One with nothing in it.
+    pub(crate) async fn empty() -> Self {
+        Self::copy("template0").await
+    }
+
+    async fn copy(template: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let admin = connect(&support::cluster().url_for("postgres")).await;
+        let copy = format!("CREATE DATABASE {name} TEMPLATE {template}");
+        admin.batch_execute(&copy).await.unwrap();
+        Self {
+            url: support::cluster().url_for(&name),
+        }
+    }
+
+    /// A connection of its own, closed when it is dropped. Waits for no lock longer than ten seconds.
+    pub(crate) async fn client(&self) -> Client {
+        connect(&self.url).await
+    }
+}
+
+/// Nobody may be connected to a template while it is copied: waits until the connection that migrated it is gone.
+async fn migrate_template() {
+    let admin = connect(&support::cluster().url_for("postgres")).await;
+    let create = format!("CREATE DATABASE {TEMPLATE}");
+    admin.batch_execute(&create).await.unwrap();
+    let url = support::cluster().url_for(TEMPLATE);
+    migrate(&url.parse().unwrap(), |_| {}).await.unwrap();
+    eventually("nobody is connected to the template", async || {
+        let row = admin.query_one(IS_LEFT_ALONE, &[&TEMPLATE]).await;
+        row.unwrap().get(0)
+    })
+    .await;
+}
+
+async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
+    // Ends with the client; its errors reach the client's queries.
+    drop(tokio::spawn(connection));
+    client
+        .batch_execute("SET lock_timeout = '10s'")
+        .await
+        .unwrap();
+    client
+}
+
+/// Asks until it holds, within [`PATIENCE`].
+pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds().await {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        sleep(POLL_INTERVAL).await;
+    }
+}
+
+/// What decisions are made of, as the tables have it now (for `client`: its open transaction's changes too).
+pub(crate) async fn read_world(client: &Client, names: &Names) -> World {
+    let (ladder, catalog, members, overrides) = try_join!(
+        client.query("SELECT role_key, rank FROM public.permission_roles", &[]),
+        client.query(CATALOG, &[]),
+        client.query("SELECT org_id, user_id, role FROM public.profiles", &[]),
+        client.query(OVERRIDES, &[]),
+    )
+    .unwrap();
+    World {
+        ladder: ladder.iter().map(|row| (row.get(0), row.get(1))).collect(),
+        catalog: catalog
+            .iter()
+            .map(|row| {
+                let template = Template {
+                    module: row.get(1),
+                    min_role: row.get(2),
+                };
+                (row.get(0), template)
+            })
+            .collect(),
+        // A profile without an organization is no membership.
+        members: members
+            .iter()
+            .filter_map(|row| Some((row.get::<_, Option<Uuid>>(0)?, row)))
+            .map(|(org, row)| ((names.of(org), names.of(row.get(1))), row.get(2)))
+            .collect(),
+        overrides: overrides
+            .iter()
+            .map(|row| {
+                let users: Option<Vec<Option<Uuid>>> = row.get(4);
+                let setting = Override {
+                    min_role: row.get(2),
+                    enabled: row.get(3),
+                    users: users.map(|ids| ids.into_iter().map(|id| Some(names.of(id?))).collect()),
+                };
+                ((names.of(row.get(0)), row.get(1)), setting)
+            })
+            .collect(),
+    }
+}
+
+/// Makes the tables hold `world` and nothing else.
+pub(crate) async fn write_world(client: &mut Client, world: &World, names: &Names) {
+    let transaction = client.transaction().await.unwrap();
+    transaction.batch_execute(EMPTY).await.unwrap();
+    for organization in names.organizations.iter().filter(|o| *o != NO_ORGANIZATION) {
+        let insert = "INSERT INTO public.organizations (id, name) VALUES ($1, $2)";
+        transaction
+            .execute(insert, &[&id(organization), organization])
+            .await
+            .unwrap();
+    }
+    for (role, rank) in &world.ladder {
+        let insert = "INSERT INTO public.permission_roles (role_key, rank) VALUES ($1, $2)";
+        transaction.execute(insert, &[role, rank]).await.unwrap();
+    }
+    for (permission, template) in &world.catalog {
+        transaction
+            .execute(
+                INSERT_TEMPLATE,
+                &[&template.module, permission, &template.min_role],
+            )
+            .await
+            .unwrap();
+    }
+    for ((organization, user), role) in &world.members {
+        let insert = "INSERT INTO public.profiles (org_id, user_id, role) VALUES ($1, $2, $3)";
+        transaction
+            .execute(insert, &[&id(organization), &id(user), role])
+            .await
+            .unwrap();
+    }
+    for ((organization, permission), setting) in &world.overrides {
+        let users: Option<Vec<Option<Uuid>>> = setting
+            .users
+            .as_ref()
+            .map(|users| users.iter().map(|user| user.as_deref().map(id)).collect());
+        transaction
+            .execute(
+                INSERT_OVERRIDE,
+                &[
+                    &id(organization),
+                    permission,
+                    &setting.min_role,
+                    &setting.enabled,
+                    &users,
+                ],
+            )
+            .await
+            .unwrap();
+    }
+    transaction.commit().await.unwrap();
+}

@@ -1,0 +1,190 @@
+//! Every file of `tests/scenarios` through every way to ask. The files state decisions, the oracle computes them all,
+//! and each executor must agree with it on each question that can be asked: the unknown organization, user and
+//! permission too.
+
+use std::collections::BTreeMap;
+
+use tokio_postgres::{Client, error::SqlState};
+
+use crate::{
+    database::{Database, read_world, write_world},
+    executors::{ASK_OF_ONE_ORGANIZATION, Executor},
+    names::id,
+    oracle::World,
+    scenario::{self, Assertion, Scenario, Step},
+};
+
+/// One scenario on its way through its steps.
+struct Run<'a> {
+    scenario: &'a Scenario,
+    database: &'a Database,
+    client: Client,
+    /// The connections that its steps name.
+    sessions: BTreeMap<&'a str, Client>,
+    failures: Vec<String>,
+}
+
+impl<'a> Run<'a> {
+    async fn begin(scenario: &'a Scenario, database: &'a Database) -> Self {
+        let mut client = database.client().await;
+        write_world(&mut client, &scenario.world, &scenario.names).await;
+        let run = Self {
+            scenario,
+            database,
+            client,
+            sessions: BTreeMap::new(),
+            failures: Vec::new(),
+        };
+        assert_eq!(run.world().await, scenario.world, "{}", scenario.file);
+        run
+    }
+
+    async fn world(&self) -> World {
+        read_world(&self.client, &self.scenario.names).await
+    }
+
+    async fn take(&mut self, step: &'a Step) {
+        if !self.sessions.contains_key(step.session.as_str()) {
+            let client = self.database.client().await;
+            self.sessions.insert(&step.session, client);
+        }
+        let done = self.sessions[step.session.as_str()]
+            .batch_execute(&step.sql)
+            .await;
+        let error = done.err().map(|error| match error.code() {
+            Some(code) => code.code().to_owned(),
+            None => error.to_string(),
+        });
+        if error != step.fails {
+            self.fail(format!(
+                "`{}`: fails with {error:?}, not {:?}",
+                step.sql, step.fails
+            ));
+        }
+    }
+
+    /// What the file states, the oracle must say.
+    fn assert(&mut self, world: &World, assertions: &[Assertion]) {
+        for Assertion {
+            line,
+            question,
+            decision,
+        } in assertions
+        {
+            let said = world.decide(question);
+            if said != *decision {
+                self.fail(format!("`{line}`: the oracle says {}", said.reason));
+            }
+        }
+    }
+
+    async fn agree(&mut self, world: &World, executor: Executor) {
+        for line in executor
+            .disagreements(&self.client, world, &self.scenario.names)
+            .await
+        {
+            self.fail(line);
+        }
+    }
+
+    fn fail(&mut self, line: String) {
+        self.failures
+            .push(format!("{}: {line}", self.scenario.file));
+    }
+}
+
+/// Runs every file; `check` is called after the data and after each step.
+async fn run_all(check: impl AsyncFn(&mut Run<'_>, &World)) {
+    let database = Database::create().await;
+    let mut failures = Vec::new();
+    for scenario in scenario::all() {
+        let mut run = Run::begin(&scenario, &database).await;
+        let world = run.world().await;
+        run.assert(&world, &scenario.assertions);
+        check(&mut run, &world).await;
+        for step in &scenario.steps {
+            run.take(step).await;
+            let world = run.world().await;
+            run.assert(&world, &step.assertions);
+            check(&mut run, &world).await;
+        }
+        failures.append(&mut run.failures);
+    }
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+}
+
+/// The matrix is stale here, or was never filled: nobody may believe it.
+#[tokio::test]
+async fn sql_decides_as_the_scenarios_state() {
+    run_all(async |run, world| {
+        for executor in Executor::ALWAYS {
+            run.agree(world, executor).await;
+        }
+        refuse_users_of_several(run, world).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_refreshed_matrix_decides_as_the_scenarios_state() {
+    run_all(async |run, world| {
+        let refresh = "SELECT public.refresh_permission_materialized_views()";
+        run.client.batch_execute(refresh).await.unwrap();
+        for organization in &run.scenario.names.organizations {
+            let is_true = "SELECT hallpass.matrix_is_true($1)";
+            let row = run.client.query_one(is_true, &[&id(organization)]).await;
+            assert!(row.unwrap().get::<_, bool>(0), "{organization}");
+        }
+        run.agree(world, Executor::Matrix).await;
+        for executor in Executor::ALWAYS {
+            run.agree(world, executor).await;
+        }
+    })
+    .await;
+}
+
+/// A question without an organization has no answer for a user of several: better an error than another's rights.
+async fn refuse_users_of_several(run: &mut Run<'_>, world: &World) {
+    let names = &run.scenario.names;
+    let several = names
+        .users
+        .iter()
+        .filter(|user| world.memberships(user).count() > 1);
+    for user in several {
+        for (sql, permission) in ASK_OF_ONE_ORGANIZATION
+            .iter()
+            .flat_map(|sql| names.permissions.iter().map(move |p| (sql, p)))
+        {
+            let error = run.client.query_one(*sql, &[&id(user), permission]).await;
+            let error = error.expect_err("an answer without an organization");
+            assert_eq!(error.code(), Some(&SqlState::CARDINALITY_VIOLATION));
+        }
+    }
+}
+
+/// The other tests would pass if `hallpass.load` never read the matrix: here the tables change behind its back.
+#[tokio::test]
+async fn a_true_matrix_is_what_a_load_reads() {
+    let database = Database::create().await;
+    let mut client = database.client().await;
+    let scenario = scenario::all().swap_remove(0);
+    let names = &scenario.names;
+    write_world(&mut client, &scenario.world, names).await;
+    client
+        .batch_execute(
+            "SELECT public.refresh_permission_materialized_views();
+             ALTER TABLE public.profiles DISABLE TRIGGER ALL;
+             DELETE FROM public.profiles",
+        )
+        .await
+        .unwrap();
+    let emptied = read_world(&client, names).await;
+    assert!(emptied.members.is_empty() && !scenario.world.members.is_empty());
+    for (executor, world) in [
+        (Executor::LoadBelieving, &scenario.world),
+        (Executor::LoadLive, &emptied),
+    ] {
+        let found = executor.disagreements(&client, world, names).await;
+        assert_eq!(found, Vec::<String>::new());
+    }
+}

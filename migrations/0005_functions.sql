@@ -76,11 +76,20 @@ BEGIN
 END $$;
 
 -- Refreshes both materialized views without blocking their readers. Each view stamps itself: see hallpass.stamp.
+-- One that somebody left WITH NO DATA has no readers, and PostgreSQL refuses to refresh it concurrently.
 CREATE FUNCTION public.refresh_permission_materialized_views() RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+DECLARE
+    refreshed record;
 BEGIN
-    REFRESH MATERIALIZED VIEW CONCURRENTLY public.user_permission_matrix;
-    REFRESH MATERIALIZED VIEW CONCURRENTLY public.org_permission_summary;
+    FOR refreshed IN
+        SELECT CASE WHEN relispopulated THEN 'CONCURRENTLY ' ELSE '' END || oid::regclass AS view
+        FROM pg_class
+        WHERE oid IN ('public.user_permission_matrix'::regclass, 'public.org_permission_summary'::regclass)
+        ORDER BY relname
+    LOOP
+        EXECUTE 'REFRESH MATERIALIZED VIEW ' || refreshed.view;
+    END LOOP;
 END $$;
 
 CALL hallpass.reset_privileges();

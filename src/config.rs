@@ -30,7 +30,7 @@ const DEFAULT_LAME_DUCK: &str = "1s";
 /// The settings of `hallpass serve` and `hallpass demo`.
 #[derive(Args, Clone, Debug)]
 pub struct ServeSettings {
-    /// Where to serve gRPC: HOST:PORT on loopback, or unix:PATH
+    /// Where to serve gRPC: HOST:PORT, the host an IP address or localhost, or unix:PATH
     #[arg(long, env = "HALLPASS_GRPC_LISTEN", default_value = DEFAULT_GRPC_LISTEN)]
     pub grpc_listen: ListenAddress,
 
@@ -91,17 +91,21 @@ impl FromStr for ListenAddress {
             return Ok(Self::Unix(path.into()));
         }
         let address = address.replacen("localhost:", "127.0.0.1:", 1);
-        let address: SocketAddr = address
+        let address = address
             .parse()
             .map_err(|_| "not HOST:PORT or unix:PATH".to_owned())?;
-        if !address.ip().is_loopback() {
-            return Err(format!(
-                "{} can be reached from other machines, and callers are not authenticated yet: \
-                 use a loopback address or unix:PATH",
-                address.ip()
-            ));
-        }
         Ok(Self::Tcp(address))
+    }
+}
+
+impl ListenAddress {
+    /// Whether only this machine can reach it.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(address) => address.ip().is_loopback(),
+            Self::Unix(_) => true,
+        }
     }
 }
 
@@ -136,22 +140,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn listen_addresses_are_loopback_or_unix() {
+    fn listen_addresses_are_local_or_not() {
         let cases = [
-            ("127.0.0.1:50051", true),
-            ("localhost:50051", true),
-            ("[::1]:50051", true),
-            ("unix:/run/hallpass.sock", true),
-            ("0.0.0.0:50051", false),
-            ("[::]:50051", false),
-            ("192.168.1.4:50051", false),
-            ("50051", false),
-            ("example.org:50051", false),
+            ("127.0.0.1:50051", Some(true)),
+            ("localhost:50051", Some(true)),
+            ("[::1]:50051", Some(true)),
+            ("unix:/run/hallpass.sock", Some(true)),
+            ("0.0.0.0:50051", Some(false)),
+            ("[::]:50051", Some(false)),
+            ("192.168.1.4:50051", Some(false)),
+            ("50051", None),
+            ("example.org:50051", None),
         ];
-        for (address, accepted) in cases {
+        for (address, local) in cases {
+            let parsed = address.parse::<ListenAddress>();
             assert_eq!(
-                address.parse::<ListenAddress>().is_ok(),
-                accepted,
+                parsed.ok().map(|address| address.is_local()),
+                local,
                 "{address}"
             );
         }

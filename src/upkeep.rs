@@ -55,7 +55,7 @@ async fn inspect_on_connection(
     loop {
         let inspection = connection.inspect().await?;
         if inspection.problems.is_empty() {
-            if !progress.log_is_believed() {
+            if !known_problems.is_empty() {
                 tracing::info!("the log is complete again");
             }
             progress.believe_from(inspection.head_seq);

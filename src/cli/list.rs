@@ -100,7 +100,16 @@ pub(super) async fn connect(client: &ClientSettings) -> anyhow::Result<Channel> 
         })
 }
 
-/// A status on one line.
+/// A status on one line, its code as the protocol spells it.
 pub(super) fn explain_status(status: Status) -> anyhow::Error {
-    anyhow!("{}: {}", status.code(), status.message())
+    let code = format!("{:?}", status.code());
+    let spelled: String = (code.chars().enumerate())
+        .flat_map(|(index, c)| {
+            (index > 0 && c.is_uppercase())
+                .then_some('_')
+                .into_iter()
+                .chain([c.to_ascii_uppercase()])
+        })
+        .collect();
+    anyhow!("{spelled}: {}", status.message())
 }

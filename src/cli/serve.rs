@@ -7,7 +7,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::{database::Database, interrupted};
@@ -65,6 +65,11 @@ pub(super) async fn serve(
 }
 
 pub(super) async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
+    ensure!(
+        address.is_local(),
+        "--grpc-listen can be reached from other machines, and callers are not authenticated yet: \
+         use a loopback address or unix:PATH"
+    );
     match address {
         ListenAddress::Tcp(address) => {
             let listener = TcpListener::bind(address)

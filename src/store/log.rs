@@ -54,7 +54,7 @@ pub struct Page {
 /// nothing else did.
 const READ_PAGE: &str = "
 SELECT pg_is_in_recovery(),
-       $1 = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $1 AND uid = $2),
+       $1::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $1 AND uid = $2::integer),
        page.seq, page.uid, page.everything, page.n, page.org_id, page.affected_user_id, page.users
 FROM (VALUES (1)) one
 LEFT JOIN LATERAL (
@@ -64,7 +64,7 @@ LEFT JOIN LATERAL (
                EXISTS (SELECT FROM hallpass.log_org o
                        WHERE o.org_id = '00000000-0000-0000-0000-000000000000' AND o.seq = log.seq) AS everything
         FROM hallpass.log
-        WHERE seq > $3 OR seq = $3 AND $4 < 2147483647
+        WHERE seq > $3::bigint OR seq = $3 AND $4::integer < 2147483647
         ORDER BY seq LIMIT $5
     ) entry
     LEFT JOIN LATERAL (

@@ -17,6 +17,7 @@ mod migrate;
 mod names;
 mod oracle;
 mod privileges;
+mod race;
 mod scenario;
 mod scenarios;
 mod sql;

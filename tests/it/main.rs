@@ -6,6 +6,7 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod belief;
 mod commit_order;
 mod database;
 mod embedded;

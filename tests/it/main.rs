@@ -21,5 +21,6 @@ mod privileges;
 mod race;
 mod scenario;
 mod scenarios;
+mod service;
 mod sql;
 mod support;

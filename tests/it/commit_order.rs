@@ -19,7 +19,7 @@ use crate::{
 const WRITERS: usize = 16;
 
 /// Attempts of each writer; some roll back, some fail to serialize.
-const TRANSACTIONS_PER_WRITER: usize = 200;
+const TRANSACTIONS_PER_WRITER: usize = 160;
 
 /// Small, so that most entries of the bulk updates span pages.
 const PAGE_ROWS: usize = 7;

@@ -51,7 +51,7 @@ pub struct Page {
 /// $1, $2: a position that must be there. $3, $4: the cursor. $5: rows a page.
 /// Entries first, then each one's rows, each limited: a page costs the same in the middle of a large entry. An entry
 /// that touches everything needs none of its rows. Of an override, `users` are those whose mention changed, when
-/// nothing else did.
+/// nothing else did; a list of lists, which PostgreSQL allows and nobody means, is not taken apart.
 const READ_PAGE: &str = "
 SELECT pg_is_in_recovery(),
        $1::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $1 AND uid = $2::integer),
@@ -72,6 +72,8 @@ LEFT JOIN LATERAL (
                CASE WHEN a.table_name = 'organization_permissions'
                      AND a.old_values ->> 'min_role_required' IS NOT DISTINCT FROM a.new_values ->> 'min_role_required'
                      AND coalesce(a.old_values ->> 'is_enabled', 'true') = coalesce(a.new_values ->> 'is_enabled', 'true')
+                     AND jsonb_typeof(a.old_values #> '{specific_users,0}') IS DISTINCT FROM 'array'
+                     AND jsonb_typeof(a.new_values #> '{specific_users,0}') IS DISTINCT FROM 'array'
                THEN ARRAY(
                     SELECT coalesce(before.id, after.id)::uuid
                     FROM (SELECT DISTINCT jsonb_array_elements_text(nullif(a.old_values -> 'specific_users', 'null'))) before (id)

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use hallpass::server::{self, Config, Listener, ServeError};
 use hallpass_client::v1::{
     BatchCheckPermissionsItem, BatchCheckPermissionsRequest, BatchCheckPermissionsResponse,
-    CheckPermissionRequest, Consistency, Evidence, ListUserPermissionsRequest, Reason, Source,
+    CheckPermissionRequest, Consistency, Evidence, ListUserPermissionsRequest,
+    ListUserPermissionsResponse, Reason, Source,
     batch_check_permissions_result::Result as ItemResult, consistency::Requirement,
     permission_service_client::PermissionServiceClient,
 };
@@ -58,8 +60,7 @@ impl Service {
         let running = tokio::spawn(server::run(
             config,
             Listener::Tcp(listener),
-            // Nobody waits any more when the test has failed already.
-            move || drop(ready.send(())),
+            move || ready.send(()).unwrap_or_default(),
             async { drop(stopped.await) },
         ));
         is_ready.await.unwrap();
@@ -114,9 +115,10 @@ impl Service {
         freshness: Freshness,
     ) -> (Vec<String>, Sources) {
         let (mut found, mut sources) = (Vec::new(), Sources::default());
-        for question in names.questions() {
-            let (said, evidence) = self.check(&question, freshness).await;
-            found.extend(said.disagreement("CheckPermission", world, &question, &evidence));
+        let questions = names.questions();
+        let asked = questions.iter().map(|q| self.check(q, freshness));
+        for (question, (said, evidence)) in questions.iter().zip(join_all(asked).await) {
+            found.extend(said.disagreement("CheckPermission", world, question, &evidence));
             sources.count(&evidence, 1);
         }
         (found, sources)
@@ -176,20 +178,15 @@ impl Service {
         freshness: Freshness,
     ) -> (Vec<String>, Sources) {
         let (mut found, mut sources) = (Vec::new(), Sources::default());
-        for (organization, user) in names
+        let members: Vec<(&String, &String)> = names
             .organizations
             .iter()
             .flat_map(|organization| names.users.iter().map(move |user| (organization, user)))
-        {
-            let request = ListUserPermissionsRequest {
-                organization_id: id(organization).to_string(),
-                user_id: id(user).to_string(),
-                module: String::new(),
-                allowed_only: false,
-                consistency: Some(freshness.into()),
-            };
-            let response = self.client.clone().list_user_permissions(request).await;
-            let response = response.unwrap().into_inner();
+            .collect();
+        let asked = members
+            .iter()
+            .map(|(organization, user)| self.list(organization, user, freshness));
+        for ((organization, user), response) in members.iter().zip(join_all(asked).await) {
             let evidence = response.evidence.clone().unwrap();
             sources.count(&evidence, world.catalog.len());
             let said: Vec<_> = response
@@ -212,6 +209,23 @@ impl Service {
             }
         }
         (found, sources)
+    }
+
+    async fn list(
+        &self,
+        organization: &str,
+        user: &str,
+        freshness: Freshness,
+    ) -> ListUserPermissionsResponse {
+        let request = ListUserPermissionsRequest {
+            organization_id: id(organization).to_string(),
+            user_id: id(user).to_string(),
+            module: String::new(),
+            allowed_only: false,
+            consistency: Some(freshness.into()),
+        };
+        let response = self.client.clone().list_user_permissions(request).await;
+        response.unwrap().into_inner()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{future::poll_fn, sync::Arc, time::Duration};
 
 use tokio::sync::Notify;
-use tokio_postgres::{AsyncMessage, Client, NoTls, Row};
+use tokio_postgres::{AsyncMessage, Client, NoTls, Row, Statement};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
@@ -98,6 +98,7 @@ LEFT JOIN LATERAL (SELECT seq, uid FROM hallpass.log ORDER BY seq DESC LIMIT 1) 
 /// A connection that listens to the log and reads it.
 pub struct LogReader {
     client: Client,
+    read_page: Statement,
     more: Arc<Notify>,
     _driver: AbortOnDropHandle<()>,
 }
@@ -132,8 +133,10 @@ impl LogReader {
             notified.notify_one();
         }));
         client.batch_execute("LISTEN hallpass_log").await?;
+        let read_page = client.prepare(READ_PAGE).await?;
         Ok(Self {
             client,
+            read_page,
             more,
             _driver: driver,
         })
@@ -167,7 +170,7 @@ impl LogReader {
         let rows = self
             .client
             .query(
-                READ_PAGE,
+                &self.read_page,
                 &[
                     &seen.seq,
                     &seen.uid.cast_signed(),

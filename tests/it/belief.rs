@@ -31,7 +31,8 @@ INSERT INTO organization_permissions (org_id, permission_key, min_role_required)
 SELECT refresh_permission_materialized_views()";
 
 /// In one statement, hence one snapshot: how many decisions of `hallpass.load_in_snapshot` (what `hallpass.load` calls
-/// after its locks) and of the live view are not in the other, and how many organizations the matrix was believed for. All pairs of an organization and a user are asked.
+/// after its locks) and of the live view are not in the other, and how many organizations the matrix was believed for. All
+/// pairs of an organization and a user are asked.
 const COMPARE: &str = "
 WITH asked AS (
     SELECT array_agg(id('org' || i)) AS orgs, array_agg(id('user' || j)) AS users

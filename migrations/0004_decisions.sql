@@ -161,9 +161,9 @@ BEGIN
     RETURN header;
 END $$;
 
--- Loads a set of (organization, user) pairs, which must be distinct, in one snapshot: from the matrix where it is
--- the truth and may be believed, else from the view.
-CREATE FUNCTION hallpass.load(org_ids uuid[], user_ids uuid[], believe_matrix boolean) RETURNS SETOF hallpass.loaded
+-- What hallpass.load returns, in the snapshot of the statement that calls it.
+CREATE FUNCTION hallpass.load_in_snapshot(org_ids uuid[], user_ids uuid[], believe_matrix boolean)
+RETURNS SETOF hallpass.loaded
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
     header CONSTANT hallpass.loaded := hallpass.load_header();
@@ -199,6 +199,20 @@ BEGIN
         WHERE asked.org_id <> ALL (from_matrix)
         GROUP BY asked.org_id, asked.user_id;
     END IF;
+END $$;
+
+-- Loads a set of (organization, user) pairs, which must be distinct, in one snapshot: from the matrix where it is
+-- the truth and may be believed, else from the view.
+--
+-- VOLATILE, so that the snapshot is taken after the locks: TRUNCATE empties a table for older snapshots too. A load
+-- that waited for a transaction that truncates and refills a table would see neither the old rows nor the new ones,
+-- and without the row that disables a permission the permission is granted.
+CREATE FUNCTION hallpass.load(org_ids uuid[], user_ids uuid[], believe_matrix boolean) RETURNS SETOF hallpass.loaded
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    LOCK TABLE public.profiles, public.organization_permissions, public.organization_permission_templates,
+               public.permission_roles IN ACCESS SHARE MODE;
+    RETURN QUERY SELECT * FROM hallpass.load_in_snapshot(org_ids, user_ids, believe_matrix);
 END $$;
 
 CALL hallpass.reset_privileges();

@@ -30,7 +30,7 @@ INSERT INTO organization_permissions (org_id, permission_key, min_role_required)
     SELECT id('org' || i), 'view', 'admin' FROM generate_series(1, $orgs) i;
 SELECT refresh_permission_materialized_views()";
 
-/// In one statement, hence one snapshot: how many decisions of `hallpass.load` and of the live view are not in the
+/// In one statement, hence one snapshot: how many decisions of `hallpass.load_in_snapshot` and of the live view are not in the
 /// other, and how many organizations the matrix was believed for. All pairs of an organization and a user are asked.
 const COMPARE: &str = "
 WITH asked AS (
@@ -38,7 +38,7 @@ WITH asked AS (
     FROM generate_series(1, $orgs) i, generate_series(1, $users) j
 ), loaded AS MATERIALIZED (
     SELECT l.org_id, l.user_id, l.role, decided.*
-    FROM asked, hallpass.load(orgs, users, true) l,
+    FROM asked, hallpass.load_in_snapshot(orgs, users, true) l,
          unnest(l.permission_keys, l.reasons, l.min_roles, l.enabled) decided (permission, reason, min_role, enabled)
     WHERE l.org_id IS NOT NULL
 ), live AS MATERIALIZED (

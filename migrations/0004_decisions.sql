@@ -201,18 +201,47 @@ BEGIN
     END IF;
 END $$;
 
--- Loads a set of (organization, user) pairs, which must be distinct, in one snapshot: from the matrix where it is
--- the truth and may be believed, else from the view.
+-- Locks the tables that decisions are made of, so that the next statement's snapshot is younger than the locks.
 --
--- VOLATILE, so that the snapshot is taken after the locks: TRUNCATE empties a table for older snapshots too. A load
--- that waited for a transaction that truncates and refills a table would see neither the old rows nor the new ones,
--- and without the row that disables a permission the permission is granted.
-CREATE FUNCTION hallpass.load(org_ids uuid[], user_ids uuid[], believe_matrix boolean) RETURNS SETOF hallpass.loaded
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+-- TRUNCATE empties a table for older snapshots too. A statement that waited for a transaction that truncates and refills
+-- a table would see neither the old rows nor the new ones, and without the row that disables a permission the
+-- permission is granted.
+CREATE PROCEDURE hallpass.lock_against_truncate()
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     LOCK TABLE public.profiles, public.organization_permissions, public.organization_permission_templates,
                public.permission_roles IN ACCESS SHARE MODE;
+END $$;
+
+-- Loads a set of (organization, user) pairs, which must be distinct, in one snapshot: from the matrix where it is
+-- the truth and may be believed, else from the view. VOLATILE: its second statement has a snapshot of its own.
+CREATE FUNCTION hallpass.load(org_ids uuid[], user_ids uuid[], believe_matrix boolean) RETURNS SETOF hallpass.loaded
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    CALL hallpass.lock_against_truncate();
     RETURN QUERY SELECT * FROM hallpass.load_in_snapshot(org_ids, user_ids, believe_matrix);
+END $$;
+
+-- One decision and the facts behind it, from the live view, in one snapshot. reason is NULL where the view has no row:
+-- the permission is not known, or the user is no member.
+CREATE FUNCTION hallpass.explain(asked_org_id uuid, asked_user_id uuid, asked_permission_key text)
+RETURNS TABLE (head_seq bigint, head_uid integer, in_recovery boolean, is_known boolean, is_member boolean, role text,
+               role_rank integer, effective_min_role text, min_role_is_override boolean, is_enabled boolean,
+               specific_user boolean, reason text)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    CALL hallpass.lock_against_truncate();
+    RETURN QUERY
+    SELECT h.seq, h.uid, pg_is_in_recovery(), t.permission_key IS NOT NULL, m.org_id IS NOT NULL,
+           coalesce(m.role::text, ''), r.rank, coalesce(e.effective_min_role, t.default_min_role, '')::text,
+           e.min_role_source = 'OVERRIDE', coalesce(e.is_enabled, false), coalesce(e.specific_user, false), e.reason
+    FROM (VALUES (1)) one
+    LEFT JOIN LATERAL (SELECT seq, uid FROM hallpass.log ORDER BY seq DESC LIMIT 1) h ON true
+    LEFT JOIN public.organization_permission_templates t ON t.permission_key = asked_permission_key
+    LEFT JOIN hallpass.members m ON m.org_id = asked_org_id AND m.user_id = asked_user_id
+    LEFT JOIN public.permission_roles r ON r.role_key = m.role
+    LEFT JOIN public.effective_user_permissions e
+           ON e.org_id = asked_org_id AND e.user_id = asked_user_id AND e.permission_key = asked_permission_key;
 END $$;
 
 CALL hallpass.reset_privileges();

@@ -9,6 +9,7 @@
 mod database;
 mod embedded;
 mod executors;
+mod matrix;
 mod names;
 mod oracle;
 mod scenario;

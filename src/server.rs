@@ -44,6 +44,7 @@ pub struct Config {
     pub cache_capacity: u64,
     pub warm_up_max: Duration,
     pub matrix_refresh_interval: Duration,
+    pub inspection_interval: Duration,
     pub lame_duck: Duration,
 }
 
@@ -219,6 +220,7 @@ async fn start(
     let (inspected, mut inspection) = watch::channel(false);
     background.spawn(upkeep::inspect(
         config.database.clone(),
+        config.inspection_interval,
         Arc::clone(&checker.progress),
         inspected,
     ));

@@ -14,6 +14,7 @@ use super::{database::Database, interrupted};
 use crate::{
     config::{DatabaseSettings, ListenAddress, ServeSettings},
     server::{self, Config, Listener},
+    upkeep,
 };
 
 /// Serve permission checks until interrupted
@@ -50,6 +51,7 @@ pub(super) async fn serve(
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
+        inspection_interval: upkeep::INSPECTION_INTERVAL,
         lame_duck: settings.lame_duck,
     };
     let served = tokio::select! {

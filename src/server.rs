@@ -234,7 +234,7 @@ async fn start(
         config.matrix_refresh_interval,
     ));
     // The sender lives as long as the inspecting task, which never ends by itself.
-    let _inspected = inspection.wait_for(|inspected| *inspected).await;
+    drop(inspection.wait_for(|inspected| *inspected).await);
     while checker.progress.lease().is_none() {
         sleep(HEALTH_INTERVAL).await;
     }

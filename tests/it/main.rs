@@ -9,9 +9,11 @@
 mod database;
 mod embedded;
 mod executors;
+mod limits;
 mod matrix;
 mod names;
 mod oracle;
 mod scenario;
 mod scenarios;
+mod server;
 mod support;

@@ -9,6 +9,7 @@
 mod database;
 mod embedded;
 mod executors;
+mod freshness;
 mod limits;
 mod matrix;
 mod names;

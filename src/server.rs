@@ -124,7 +124,7 @@ pub async fn run(
         staleness_bound: config.staleness_bound,
     });
 
-    let (health, health_service) = tonic_health::server::health_reporter();
+    let (mut health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
     let router = router()
         .add_service(health_service)
@@ -166,6 +166,11 @@ pub async fn run(
     report(&health, ServingStatus::NotServing).await;
     sleep(config.lame_duck).await;
     stop.cancel();
+    // Ends the streams that watch health: by themselves they never would, and each stop would take the whole of the
+    // drain wherever a client or a balancer has one open.
+    for service in ["", SERVICE] {
+        health.clear_service_status(service).await;
+    }
     match timeout(DRAIN_MAX, &mut server).await {
         Ok(ended) => ended.unwrap_or_else(|panic| Err(io::Error::other(panic).into())),
         Err(_) => {

@@ -7,6 +7,7 @@
 )]
 
 mod database;
+mod deadlines;
 mod embedded;
 mod executors;
 mod freshness;
@@ -14,7 +15,9 @@ mod limits;
 mod matrix;
 mod names;
 mod oracle;
+mod proxy;
 mod scenario;
 mod scenarios;
 mod server;
+mod start_stop;
 mod support;

@@ -146,11 +146,9 @@ impl Server {
         user: &str,
         permission: &str,
     ) -> Answer {
-        let mut question = question(organization, user, permission);
-        question.consistency = Some(Consistency {
-            requirement: Some(Requirement::FullyConsistent(true)),
-        });
-        self.try_check(question).await.unwrap()
+        self.try_check(now(question(organization, user, permission)))
+            .await
+            .unwrap()
     }
 
     pub(crate) async fn try_check(
@@ -199,6 +197,16 @@ pub(crate) fn question(organization: &str, user: &str, permission: &str) -> Chec
         user_id: id(user).to_string(),
         permission: permission.to_owned(),
         ..CheckPermissionRequest::default()
+    }
+}
+
+/// The question, to be answered from a snapshot that begins after the call.
+pub(crate) fn now(question: CheckPermissionRequest) -> CheckPermissionRequest {
+    CheckPermissionRequest {
+        consistency: Some(Consistency {
+            requirement: Some(Requirement::FullyConsistent(true)),
+        }),
+        ..question
     }
 }
 

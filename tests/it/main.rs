@@ -6,6 +6,7 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod bypass;
 mod database;
 mod deadlines;
 mod embedded;

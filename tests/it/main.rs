@@ -16,6 +16,7 @@ mod limits;
 mod matrix;
 mod names;
 mod oracle;
+mod outage;
 mod proxy;
 mod scenario;
 mod scenarios;

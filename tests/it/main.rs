@@ -7,6 +7,7 @@
 )]
 
 mod bypass;
+mod commands;
 mod database;
 mod deadlines;
 mod embedded;

@@ -93,18 +93,26 @@ BEGIN
 END $$;
 
 -- Whether an organization's rows of the matrix are the truth in this snapshot: no entry that touches it, or
--- everything, is newer than the stamp, and this transaction has no change that is not numbered yet.
+-- everything, is newer than the stamp, this transaction has no change that is not numbered yet, and the snapshot knows
+-- the matrix's present file: a plain REFRESH puts another one under every snapshot, older ones too.
 CREATE FUNCTION hallpass.matrix_is_true(org_id uuid) RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     stamp CONSTANT bigint := (SELECT seq FROM hallpass.matrix_stamp WHERE view_name = 'user_permission_matrix');
 BEGIN
-    RETURN stamp >= 0
-       AND hallpass.is_populated('public.user_permission_matrix')
+    IF stamp >= 0
        AND NOT EXISTS (SELECT FROM hallpass.log_org l WHERE l.org_id = $1 AND l.seq > stamp)
        AND NOT EXISTS (SELECT FROM hallpass.log_org l
                        WHERE l.org_id = '00000000-0000-0000-0000-000000000000' AND l.seq > stamp)
-       AND NOT hallpass.has_pending();
+       AND NOT hallpass.has_pending()
+    THEN
+        -- Reads nothing, but locks: the file stays until the caller's transaction ends. Waits for a plain REFRESH, so
+        -- it comes last.
+        PERFORM FROM public.user_permission_matrix WHERE false;
+        RETURN (SELECT relispopulated AND relfilenode = pg_relation_filenode(oid)
+                FROM pg_class WHERE oid = 'public.user_permission_matrix'::regclass);
+    END IF;
+    RETURN false;
 END $$;
 
 -- What hallpass.load returns: first one row that says what holds for all (org_id NULL: the head, whether this is a

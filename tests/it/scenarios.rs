@@ -2,7 +2,7 @@
 //! and each executor must agree with it on each question that can be asked: the unknown organization, user and
 //! permission too.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use tokio_postgres::{Client, error::SqlState};
 
@@ -12,7 +12,11 @@ use crate::{
     names::id,
     oracle::World,
     scenario::{self, Assertion, Scenario, Step},
+    service::{Freshness, Service, Sources},
 };
+
+/// Often enough that some answers are loaded from a believed matrix, and some while it is refreshed.
+const REFRESH_INTERVAL: Duration = Duration::from_millis(200);
 
 /// One scenario on its way through its steps.
 struct Run<'a> {
@@ -93,12 +97,11 @@ impl<'a> Run<'a> {
 }
 
 /// Runs every file; `check` is called after the data and after each step.
-async fn run_all(check: impl AsyncFn(&mut Run<'_>, &World)) {
-    let database = Database::create().await;
+async fn run_all(database: &Database, mut check: impl AsyncFnMut(&mut Run<'_>, &World)) {
     let mut client = database.client().await;
     let mut failures = Vec::new();
     for scenario in scenario::all() {
-        let mut run = Run::begin(&scenario, &database, &mut client).await;
+        let mut run = Run::begin(&scenario, database, &mut client).await;
         let world = run.world().await;
         run.assert(&world, &scenario.assertions);
         check(&mut run, &world).await;
@@ -116,7 +119,8 @@ async fn run_all(check: impl AsyncFn(&mut Run<'_>, &World)) {
 /// The matrix is stale here, or was never filled: nobody may believe it.
 #[tokio::test]
 async fn sql_decides_as_the_scenarios_state() {
-    run_all(async |run, world| {
+    let database = Database::create().await;
+    run_all(&database, async |run, world| {
         for executor in Executor::ALWAYS {
             run.agree(world, executor).await;
         }
@@ -127,7 +131,8 @@ async fn sql_decides_as_the_scenarios_state() {
 
 #[tokio::test]
 async fn the_refreshed_matrix_decides_as_the_scenarios_state() {
-    run_all(async |run, world| {
+    let database = Database::create().await;
+    run_all(&database, async |run, world| {
         let refresh = "SELECT public.refresh_permission_materialized_views()";
         run.client.batch_execute(refresh).await.unwrap();
         for organization in &run.scenario.names.organizations {
@@ -141,6 +146,38 @@ async fn the_refreshed_matrix_decides_as_the_scenarios_state() {
         }
     })
     .await;
+}
+
+/// One service for all files: each finds the cache full of the answers of the one before.
+#[tokio::test]
+async fn grpc_decides_as_the_scenarios_state() {
+    let database = Database::create().await;
+    let service = Service::start(&database, REFRESH_INTERVAL).await;
+    let mut cached = Sources::default();
+    run_all(&database, async |run, world| {
+        let names = &run.scenario.names;
+        service.catch_up(run.client).await;
+        for freshness in [
+            Freshness::MinimizeLatency,
+            Freshness::FullyConsistent,
+            Freshness::MinimizeLatency,
+        ] {
+            for (found, sources) in [
+                service.check_disagreements(world, names, freshness).await,
+                service.batch_disagreements(world, names, freshness).await,
+                service.list_disagreements(world, names, freshness).await,
+            ] {
+                found.into_iter().for_each(|line| run.fail(line));
+                match freshness {
+                    Freshness::MinimizeLatency => cached.add(sources),
+                    Freshness::FullyConsistent => assert_eq!(sources.cache, 0),
+                }
+            }
+        }
+    })
+    .await;
+    assert!(cached.cache > 9 * cached.database, "{cached:?}");
+    service.stop().await;
 }
 
 const OF_ONE_ORGANIZATION: [&str; 3] = [

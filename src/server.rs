@@ -46,6 +46,7 @@ pub struct Config {
     pub matrix_refresh_interval: Duration,
     pub inspection_interval: Duration,
     pub lame_duck: Duration,
+    pub drain_max: Duration,
 }
 
 /// A bound socket.
@@ -83,8 +84,8 @@ const START_RETRY: Duration = Duration::from_millis(500);
 /// How often health is decided anew.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long calls under way may take to end once the service stops.
-const DRAIN_MAX: Duration = Duration::from_secs(10);
+/// How long calls under way may take to end once the service stops, unless it is told otherwise.
+pub const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// A connection whose peer does not answer a ping is closed; so half-open ones do not pile up.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -171,10 +172,13 @@ pub async fn run(
     for service in ["", SERVICE] {
         health.clear_service_status(service).await;
     }
-    match timeout(DRAIN_MAX, &mut server).await {
+    match timeout(config.drain_max, &mut server).await {
         Ok(ended) => ended?,
         Err(_) => {
-            tracing::warn!("calls were still under way after {DRAIN_MAX:?}: cut off");
+            tracing::warn!(
+                "calls were still under way after {:?}: cut off",
+                config.drain_max
+            );
             Ok(())
         }
     }

@@ -53,6 +53,7 @@ pub(super) async fn serve(
         matrix_refresh_interval: settings.matrix_refresh_interval,
         inspection_interval: upkeep::INSPECTION_INTERVAL,
         lame_duck: settings.lame_duck,
+        drain_max: server::DRAIN_MAX,
     };
     let served = tokio::select! {
         served = server::run(config, listener, on_ready, interrupted) => served.map_err(Into::into),

@@ -143,24 +143,26 @@ async fn batch(
 #[tokio::test]
 async fn a_service_that_is_cut_off_gives_no_answer_older_than_the_bound() {
     // A network that rejects, and one that swallows.
-    for way in [Way::Closed, Way::Silent] {
-        let database = Database::create().await;
-        let client = database.client().await;
-        fill(&client).await;
-        let proxy = Proxy::to(&database.url, Way::Open);
-        let server = Server::start(config(&proxy.url)).await;
-        until_cached(&server, "allow GRANTED_BY_ROLE").await;
+    tokio::join!(cut_off(Way::Closed), cut_off(Way::Silent));
+}
 
-        proxy.set(way);
-        set_role(&client, "lincoln", "bob", "volunteer").await;
-        assert_known_until_the_bound(&server, "allow GRANTED_BY_ROLE").await;
-        server.until_health(ServingStatus::NotServing).await;
+async fn cut_off(way: Way) {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let proxy = Proxy::to(&database.url, Way::Open);
+    let server = Server::start(config(&proxy.url)).await;
+    until_cached(&server, "allow GRANTED_BY_ROLE").await;
 
-        proxy.set(Way::Open);
-        server.until_health(ServingStatus::Serving).await;
-        until_cached(&server, "deny ROLE_TOO_LOW").await;
-        server.stop().await;
-    }
+    proxy.set(way);
+    set_role(&client, "lincoln", "bob", "volunteer").await;
+    assert_known_until_the_bound(&server, "allow GRANTED_BY_ROLE").await;
+    server.until_health(ServingStatus::NotServing).await;
+
+    proxy.set(Way::Open);
+    server.until_health(ServingStatus::Serving).await;
+    until_cached(&server, "deny ROLE_TOO_LOW").await;
+    server.stop().await;
 }
 
 /// As an administrator, a failing proxy or a restart does.

@@ -70,6 +70,7 @@ pub(crate) fn config(url: &str) -> Config {
         matrix_refresh_interval: Duration::from_secs(30),
         inspection_interval: upkeep::INSPECTION_INTERVAL,
         lame_duck: Duration::ZERO,
+        drain_max: server::DRAIN_MAX,
     }
 }
 

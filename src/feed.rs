@@ -98,9 +98,22 @@ impl Progress {
         self.lease.store(Some(Arc::new(lease)));
     }
 
-    /// Starts over at `head`, of a history that need not be the one before.
-    fn restart(&self, head: Position) {
+    /// Starts over at `head`, of a history that need not be the one before; `believed_from` is what it was before the
+    /// head was read.
+    ///
+    /// An entry that the inspection waits for may be lost: what was to be invalidated by it is forgotten here. What a
+    /// later inspection waits for stands.
+    fn restart(&self, head: Position, believed_from: i64) {
         self.lease.store(None);
+        if believed_from != i64::MAX && believed_from > head.seq {
+            // An error is the value of an inspection that was here since.
+            let _newer = self.believed_from.compare_exchange(
+                believed_from,
+                head.seq,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+        }
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = head;
     }
 }
@@ -178,8 +191,9 @@ impl Feed {
     }
 
     async fn start_at_head(&mut self, log: &LogReader) -> Result<(), StoreError> {
+        let believed_from = self.progress.believed_from.load(Ordering::Acquire);
         let head = within(log.head()).await?;
-        self.progress.restart(head);
+        self.progress.restart(head, believed_from);
         self.cache.begin_epoch(head);
         self.cursor = Some(Cursor::after(head));
         tracing::info!(position = %head, "following the log");

@@ -44,7 +44,9 @@ pub struct Config {
     pub cache_capacity: u64,
     pub warm_up_max: Duration,
     pub matrix_refresh_interval: Duration,
+    pub inspection_interval: Duration,
     pub lame_duck: Duration,
+    pub drain_max: Duration,
 }
 
 /// A bound socket.
@@ -82,8 +84,8 @@ const START_RETRY: Duration = Duration::from_millis(500);
 /// How often health is decided anew.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long calls under way may take to end once the service stops.
-const DRAIN_MAX: Duration = Duration::from_secs(10);
+/// How long calls under way may take to end once the service stops, unless it is told otherwise.
+pub const DRAIN_MAX: Duration = Duration::from_secs(10);
 
 /// A connection whose peer does not answer a ping is closed; so half-open ones do not pile up.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -123,7 +125,7 @@ pub async fn run(
         staleness_bound: config.staleness_bound,
     });
 
-    let (health, health_service) = tonic_health::server::health_reporter();
+    let (mut health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
     let router = router()
         .add_service(health_service)
@@ -165,10 +167,18 @@ pub async fn run(
     report(&health, ServingStatus::NotServing).await;
     sleep(config.lame_duck).await;
     stop.cancel();
-    match timeout(DRAIN_MAX, &mut server).await {
+    // Ends the streams that watch health: by themselves they never would, and each stop would take the whole of the
+    // drain wherever a client or a balancer has one open.
+    for service in ["", SERVICE] {
+        health.clear_service_status(service).await;
+    }
+    match timeout(config.drain_max, &mut server).await {
         Ok(ended) => ended?,
         Err(_) => {
-            tracing::warn!("calls were still under way after {DRAIN_MAX:?}: cut off");
+            tracing::warn!(
+                "calls were still under way after {:?}: cut off",
+                config.drain_max
+            );
             Ok(())
         }
     }
@@ -219,6 +229,7 @@ async fn start(
     let (inspected, mut inspection) = watch::channel(false);
     background.spawn(upkeep::inspect(
         config.database.clone(),
+        config.inspection_interval,
         Arc::clone(&checker.progress),
         inspected,
     ));

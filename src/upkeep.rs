@@ -18,8 +18,11 @@ use crate::{
     store::{DatabaseUrl, DedicatedConnection, Store, StoreError},
 };
 
-/// How long a change can go past disabled triggers unnoticed.
-const INSPECTION_INTERVAL: Duration = Duration::from_secs(60);
+/// How long a change can go past disabled triggers unnoticed, unless a service is told otherwise.
+pub const INSPECTION_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long the database may work on an inspection: it has waited its five seconds for a lock long before.
+const INSPECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The wait before background work that failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
@@ -33,13 +36,18 @@ const WARM_UP_PAGE: i64 = 500;
 /// Statements of the warm start under way at once; the rest of the pool is left to misses.
 const WARM_UP_FLIGHTS_MAX: usize = 4;
 
-/// Inspects the log every minute and lets leases be believed while nothing is wrong; `inspected` is told once the
+/// Inspects the log at this interval and lets leases be believed while nothing is wrong; `inspected` is told once the
 /// first inspection is done.
-pub async fn inspect(url: DatabaseUrl, progress: Arc<Progress>, inspected: watch::Sender<bool>) {
+pub async fn inspect(
+    url: DatabaseUrl,
+    interval: Duration,
+    progress: Arc<Progress>,
+    inspected: watch::Sender<bool>,
+) {
     let mut known_problems = Vec::new();
     loop {
         let Err(error) =
-            inspect_on_connection(&url, &progress, &inspected, &mut known_problems).await;
+            inspect_on_connection(&url, interval, &progress, &inspected, &mut known_problems).await;
         tracing::warn!(%error, "the log was not inspected");
         sleep(RETRY).await;
     }
@@ -47,11 +55,12 @@ pub async fn inspect(url: DatabaseUrl, progress: Arc<Progress>, inspected: watch
 
 async fn inspect_on_connection(
     url: &DatabaseUrl,
+    interval: Duration,
     progress: &Progress,
     inspected: &watch::Sender<bool>,
     known_problems: &mut Vec<String>,
 ) -> Result<std::convert::Infallible, StoreError> {
-    let connection = DedicatedConnection::open(url, Some(INSPECTION_INTERVAL)).await?;
+    let connection = DedicatedConnection::open(url, Some(INSPECTION_TIMEOUT)).await?;
     loop {
         let inspection = connection.inspect().await?;
         if inspection.problems.is_empty() {
@@ -70,7 +79,7 @@ async fn inspect_on_connection(
         *known_problems = inspection.problems;
         inspected.send_replace(true);
         connection.clear_pending().await?;
-        sleep(INSPECTION_INTERVAL).await;
+        sleep(interval).await;
     }
 }
 

@@ -14,6 +14,7 @@ use super::{database::Database, interrupted};
 use crate::{
     config::{DatabaseSettings, ListenAddress, ServeSettings},
     server::{self, Config, Listener},
+    upkeep,
 };
 
 /// Serve permission checks until interrupted
@@ -50,7 +51,9 @@ pub(super) async fn serve(
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
+        inspection_interval: upkeep::INSPECTION_INTERVAL,
         lame_duck: settings.lame_duck,
+        drain_max: server::DRAIN_MAX,
     };
     let served = tokio::select! {
         served = server::run(config, listener, on_ready, interrupted) => served.map_err(Into::into),

@@ -23,6 +23,12 @@ pub const BATCH_ITEMS_MAX: usize = 10_000;
 /// Bytes of a permission key or module name.
 pub const KEY_BYTES_MAX: usize = 255;
 
+/// Malformed items of a batch whose errors have details. More would make an answer that clients refuse, who take 4 MiB.
+const DETAILED_ITEMS_MAX: usize = 1_000;
+
+/// Bytes of user input that a message repeats.
+const SHOWN_BYTES_MAX: usize = 64;
+
 /// Serves checks.
 pub struct PermissionService {
     checker: Arc<Checker>,
@@ -45,7 +51,7 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         let request = request.into_inner();
         let mut wrong = Vec::new();
         let subject = subject(&mut wrong, "", &request.organization_id, &request.user_id);
-        check_permission_key(&mut wrong, "", &request.permission);
+        check_key(&mut wrong, format_args!("permission"), &request.permission);
         let freshness = freshness(&mut wrong, request.consistency)?;
         let (Some(subject), true) = (subject, wrong.is_empty()) else {
             return Err(status::invalid(wrong));
@@ -99,6 +105,7 @@ impl v1::permission_service_server::PermissionService for PermissionService {
             .into_iter();
         let mut evidence = None;
         let mut failure = None;
+        let mut malformed = 0;
         let mut results = Vec::with_capacity(parsed.len());
         for (item, parsed) in request.items.iter().zip(parsed) {
             let answer = match parsed {
@@ -109,7 +116,14 @@ impl v1::permission_service_server::PermissionService for PermissionService {
                         failure = Some(error.clone());
                         error.into()
                     }),
-                Err(status) => Err(status),
+                Err(status) => {
+                    malformed += 1;
+                    Err(if malformed <= DETAILED_ITEMS_MAX {
+                        status
+                    } else {
+                        Status::new(status.code(), status.message())
+                    })
+                }
             };
             if let Ok(known) = &answer {
                 evidence = Some(
@@ -136,12 +150,8 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         let request = request.into_inner();
         let mut wrong = Vec::new();
         let subject = subject(&mut wrong, "", &request.organization_id, &request.user_id);
-        if request.module.len() > KEY_BYTES_MAX {
-            violation(
-                &mut wrong,
-                "module",
-                format!("must be at most {KEY_BYTES_MAX} bytes"),
-            );
+        if !request.module.is_empty() {
+            check_key(&mut wrong, format_args!("module"), &request.module);
         }
         let freshness = freshness(&mut wrong, request.consistency)?;
         let (Some(subject), true) = (subject, wrong.is_empty()) else {
@@ -210,17 +220,27 @@ fn id(
 
 /// User input for a message: short and on one line.
 fn shown(value: &str) -> String {
-    value.escape_debug().take(64).collect()
+    let mut shown = String::new();
+    for c in value.escape_debug() {
+        if shown.len() + c.len_utf8() > SHOWN_BYTES_MAX {
+            break;
+        }
+        shown.push(c);
+    }
+    shown
 }
 
-fn check_permission_key(wrong: &mut Vec<FieldViolation>, prefix: &str, permission: &str) {
-    if permission.is_empty() || permission.len() > KEY_BYTES_MAX {
-        let found = permission.len();
+/// A permission's or a module's key, as far as PostgreSQL can hold it.
+fn check_key(wrong: &mut Vec<FieldViolation>, field: std::fmt::Arguments<'_>, key: &str) {
+    if key.is_empty() || key.len() > KEY_BYTES_MAX {
+        let found = key.len();
         violation(
             wrong,
-            format!("{prefix}permission"),
+            field.to_string(),
             format!("must be 1 to {KEY_BYTES_MAX} bytes, not {found}"),
         );
+    } else if key.contains('\0') {
+        violation(wrong, field.to_string(), "must not contain a NUL character");
     }
 }
 
@@ -267,7 +287,11 @@ fn parse_item((index, item): (usize, &v1::BatchCheckPermissionsItem)) -> Result<
     let mut wrong = Vec::new();
     let prefix = format!("items[{index}].");
     let subject = subject(&mut wrong, &prefix, &item.organization_id, &item.user_id);
-    check_permission_key(&mut wrong, &prefix, &item.permission);
+    check_key(
+        &mut wrong,
+        format_args!("{prefix}permission"),
+        &item.permission,
+    );
     match subject {
         Some(subject) if wrong.is_empty() => Ok(subject),
         _ => Err(status::invalid(wrong)),

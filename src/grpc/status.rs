@@ -54,10 +54,11 @@ impl From<LoadError> for Status {
 
 /// A status as a message, for an item of a batch.
 pub(super) fn to_message(status: &Status) -> pb::Status {
-    // The details of every status made here are a whole google.rpc.Status.
-    pb::Status::decode(status.details()).unwrap_or_else(|_| pb::Status {
+    // Details, where there are any, are a whole google.rpc.Status.
+    let details = pb::Status::decode(status.details()).map(|whole| whole.details);
+    pb::Status {
         code: status.code().into(),
         message: status.message().to_owned(),
-        details: Vec::new(),
-    })
+        details: details.unwrap_or_default(),
+    }
 }

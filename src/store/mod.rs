@@ -68,10 +68,17 @@ impl From<tokio_postgres::Error> for StoreError {
                 Self::Unavailable(message)
             }
             Some(_) => Self::Wrong(message),
+            None if OUR_MISTAKES.iter().any(|kind| message.starts_with(kind)) => {
+                Self::Refused(message)
+            }
             None => Self::Unavailable(message),
         }
     }
 }
+
+/// How tokio-postgres begins the errors that come of what the URL says or leaves out (a password that the server asks
+/// for, a mechanism that it does not know); it shows their kind in no other way.
+const OUR_MISTAKES: [&str; 2] = ["invalid configuration", "authentication error"];
 
 /// The error's own message and its causes, on one line.
 fn describe(error: &tokio_postgres::Error) -> String {

@@ -7,22 +7,31 @@
 )]
 
 mod belief;
+mod bypass;
+mod commands;
 mod commit_order;
 mod database;
+mod deadlines;
 mod embedded;
 mod executors;
+mod freshness;
 mod inspect;
+mod limits;
 mod log;
 mod matrix;
 mod migrate;
 mod names;
 mod operations;
 mod oracle;
+mod outage;
 mod privileges;
 mod property;
+mod proxy;
 mod race;
 mod scenario;
 mod scenarios;
+mod server;
 mod service;
 mod sql;
+mod start_stop;
 mod support;

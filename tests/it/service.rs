@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use hallpass::server::{self, Config, Listener, ServeError};
+use hallpass::server::Config;
 use hallpass_client::v1::{
     BatchCheckPermissionsItem, BatchCheckPermissionsRequest, BatchCheckPermissionsResponse,
     CheckPermissionRequest, Consistency, Evidence, ListUserPermissionsRequest,
@@ -11,14 +11,14 @@ use hallpass_client::v1::{
     batch_check_permissions_result::Result as ItemResult, consistency::Requirement,
     permission_service_client::PermissionServiceClient,
 };
-use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 use tokio_postgres::Client;
 use tonic::transport::Channel;
 
 use crate::{
-    database::{Database, eventually},
-    names::{NO_ORGANIZATION, NO_PERMISSION, NO_USER, Names, id},
+    database::Database,
+    names::{Names, id},
     oracle::{Question, World},
+    server::{Server, config},
 };
 
 /// How fresh the answers must be.
@@ -28,11 +28,10 @@ pub(crate) enum Freshness {
     FullyConsistent,
 }
 
-/// A running service; it ends with its runtime, or by [`Service::stop`].
+/// A running service and the questions of a scenario.
 pub(crate) struct Service {
-    pub(crate) client: PermissionServiceClient<Channel>,
-    shutdown: oneshot::Sender<()>,
-    running: JoinHandle<Result<(), ServeError>>,
+    server: Server,
+    client: PermissionServiceClient<Channel>,
 }
 
 /// Answers counted by their source.
@@ -45,52 +44,22 @@ pub(crate) struct Sources {
 impl Service {
     /// Returns when it is ready.
     pub(crate) async fn start(database: &Database, matrix_refresh_interval: Duration) -> Self {
-        let config = Config {
-            database: database.url.parse().unwrap(),
-            staleness_bound: Duration::from_secs(2),
-            cache_capacity: 10_000,
-            warm_up_max: Duration::from_secs(10),
+        let server = Server::start(Config {
             matrix_refresh_interval,
-            lame_duck: Duration::ZERO,
-        };
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let (shutdown, stopped) = oneshot::channel();
-        let (ready, is_ready) = oneshot::channel();
-        let running = tokio::spawn(server::run(
-            config,
-            Listener::Tcp(listener),
-            move || ready.send(()).unwrap_or_default(),
-            async { drop(stopped.await) },
-        ));
-        is_ready.await.unwrap();
-        let channel = hallpass_client::connect(&endpoint).await.unwrap();
-        Self {
-            client: PermissionServiceClient::new(channel),
-            shutdown,
-            running,
-        }
+            ..config(&database.url)
+        })
+        .await;
+        let client = server.client();
+        Self { server, client }
     }
 
     pub(crate) async fn stop(self) {
-        self.shutdown.send(()).unwrap();
-        self.running.await.unwrap().unwrap();
+        self.server.stop().await;
     }
 
     /// Waits until the cache has applied everything that is committed now.
     pub(crate) async fn catch_up(&self, database: &Client) {
-        let row = database.query_one("SELECT hallpass.head()", &[]).await;
-        let head: String = row.unwrap().get(0);
-        eventually("the cache is at the head", async || {
-            let nothing = Question {
-                organization: NO_ORGANIZATION.to_owned(),
-                user: NO_USER.to_owned(),
-                permission: NO_PERMISSION.to_owned(),
-            };
-            let (_, evidence) = self.check(&nothing, Freshness::MinimizeLatency).await;
-            evidence.source() == Source::Cache && seq(&evidence.position) >= seq(&head)
-        })
-        .await;
+        self.server.catch_up(database).await;
     }
 
     async fn check(&self, question: &Question, freshness: Freshness) -> (Said, Evidence) {
@@ -324,10 +293,4 @@ impl From<Freshness> for Consistency {
             }),
         }
     }
-}
-
-/// The number of a position, `812-5f0c9ae1`.
-fn seq(position: &str) -> i64 {
-    let (seq, _) = position.split_once('-').unwrap();
-    seq.parse().unwrap()
 }

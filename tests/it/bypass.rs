@@ -1,0 +1,267 @@
+//! Changes that go past the log, and a log whose history turns out to be another.
+
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use tonic_health::pb::health_check_response::ServingStatus;
+
+use crate::{
+    database::{Database, eventually},
+    names::id,
+    server::{APPROVE, MEMBERS, ORGANIZATIONS, Server, config, fill, head, run_sql, seq, set_role},
+};
+
+const INSPECTION_INTERVAL: Duration = Duration::from_millis(50);
+
+/// A service that inspects often, on a filled database.
+async fn start() -> (Database, Client, Server) {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let mut config = config(&database.url);
+    config.inspection_interval = INSPECTION_INTERVAL;
+    let server = Server::start(config).await;
+    (database, client, server)
+}
+
+/// Every answer, from wherever, is the one that the tables have now.
+async fn assert_all_right(server: &Server, client: &Client) {
+    for organization in ORGANIZATIONS {
+        for (user, _) in MEMBERS {
+            let answer = server.check(organization, user, APPROVE).await;
+            let ask = "SELECT user_has_permission_in_org($1, $2, $3)";
+            let truth = client
+                .query_one(ask, &[&id(organization), &id(user), &APPROVE])
+                .await;
+            let truth: bool = truth.unwrap().get(0);
+            let allowed = answer.response.allowed;
+            assert_eq!(allowed, truth, "{organization} {user}: {answer}");
+        }
+    }
+}
+
+async fn until_cached(server: &Server) {
+    eventually("answers come from the cache again", async || {
+        server.check("lincoln", "bob", APPROVE).await.is_cached()
+    })
+    .await;
+}
+
+/// What makes the log incomplete, and what mends it.
+const BYPASSES: [(&str, &str); 4] = [
+    (
+        "ALTER TABLE public.profiles DISABLE TRIGGER hallpass_record_update",
+        "ALTER TABLE public.profiles ENABLE ALWAYS TRIGGER hallpass_record_update",
+    ),
+    (
+        "ALTER TABLE public.profiles DISABLE TRIGGER USER",
+        "ALTER TABLE public.profiles ENABLE ALWAYS TRIGGER hallpass_record_insert,
+                                     ENABLE ALWAYS TRIGGER hallpass_record_update,
+                                     ENABLE ALWAYS TRIGGER hallpass_record_delete,
+                                     ENABLE ALWAYS TRIGGER hallpass_record_truncate",
+    ),
+    // Enabled, and yet off for a session that says it replicates.
+    (
+        "ALTER TABLE public.profiles ENABLE TRIGGER hallpass_record_update;
+         SET session_replication_role = 'replica'",
+        "ALTER TABLE public.profiles ENABLE ALWAYS TRIGGER hallpass_record_update;
+         SET session_replication_role = 'origin'",
+    ),
+    (
+        "ALTER TABLE hallpass.log_pending DISABLE TRIGGER number_entry",
+        "ALTER TABLE hallpass.log_pending ENABLE ALWAYS TRIGGER number_entry",
+    ),
+];
+
+#[tokio::test]
+async fn while_changes_go_unrecorded_nothing_comes_from_the_cache_nor_from_the_matrix() {
+    let (_database, client, server) = start().await;
+    for (bypass, mend) in BYPASSES {
+        until_cached(&server).await;
+        run_sql(&client, bypass).await;
+        server.until_health(ServingStatus::NotServing).await;
+        for role in ["volunteer", "board_member"] {
+            let before = head(&client).await;
+            set_role_unrecorded(&client, "bob", role).await;
+            assert_eq!(
+                head(&client).await,
+                before,
+                "{bypass}: recorded all the same"
+            );
+            assert_all_right(&server, &client).await;
+            assert!(!server.check("lincoln", "bob", APPROVE).await.is_cached());
+        }
+        // What is remembered of bob is wrong from here on.
+        set_role_unrecorded(&client, "bob", "volunteer").await;
+        run_sql(&client, mend).await;
+        server.until_health(ServingStatus::Serving).await;
+        until_cached(&server).await;
+        assert_all_right(&server, &client).await;
+        set_role(&client, "lincoln", "bob", "board_member").await;
+        server.catch_up(&client).await;
+        assert_all_right(&server, &client).await;
+    }
+    server.stop().await;
+}
+
+/// By UPDATE, in both organizations.
+async fn set_role_unrecorded(client: &Client, user: &str, role: &str) {
+    let sql = format!("UPDATE public.profiles SET role = '{role}' WHERE user_id = :{user}");
+    run_sql(client, &sql).await;
+}
+
+#[tokio::test]
+async fn a_bypass_that_is_over_before_the_inspection_is_found_all_the_same() {
+    let (_database, client, server) = start().await;
+    let (disable, enable) = BYPASSES[1];
+    for unrecorded in [
+        "UPDATE public.profiles SET role = 'volunteer' WHERE user_id = :bob",
+        "DELETE FROM public.profiles WHERE user_id = :ann",
+        "TRUNCATE public.profiles",
+    ] {
+        until_cached(&server).await;
+        let before = head(&client).await;
+        let transaction = format!("BEGIN; {disable}; {unrecorded}; {enable}; COMMIT");
+        run_sql(&client, &transaction).await;
+        eventually("everything is taken as changed", async || {
+            head(&client).await > before
+        })
+        .await;
+        server.catch_up(&client).await;
+        assert_all_right(&server, &client).await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_matrix_is_refreshed_in_the_background_and_believed_again() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let mut config = config(&database.url);
+    config.matrix_refresh_interval = Duration::from_millis(50);
+    let server = Server::start(config).await;
+    let is_believed = async || -> bool {
+        let ask = "SELECT hallpass.matrix_is_true($1)";
+        let row = client.query_one(ask, &[&id("lincoln")]).await;
+        row.unwrap().get(0)
+    };
+    for role in ["volunteer", "board_member", "admin"] {
+        eventually("the matrix is believed", &is_believed).await;
+        set_role(&client, "lincoln", "bob", role).await;
+        let answer = server.check_now("lincoln", "bob", APPROVE).await;
+        assert_eq!(answer.response.allowed, role != "volunteer", "{answer}");
+    }
+    eventually("the matrix is believed", &is_believed).await;
+    let row = client
+        .query_one(
+            "SELECT role::text FROM public.user_permission_matrix WHERE org_id = $1 AND user_id = $2 LIMIT 1",
+            &[&id("lincoln"), &id("bob")],
+        )
+        .await;
+    assert_eq!(row.unwrap().get::<_, &str>(0), "admin");
+    server.stop().await;
+}
+
+/// Undoes every commit after `kept` as a failover to a standby that lacked them does, in one transaction with `then`.
+async fn fail_over(client: &Client, kept: i64, undo: &str, then: &str) {
+    let (disable, enable) = BYPASSES[1];
+    // setval's third argument: whether the number has been given out.
+    let lose = format!(
+        "BEGIN; {disable}; {undo}; {enable};
+         DELETE FROM public.permission_audit_log WHERE entry_id IN (SELECT entry_id FROM hallpass.log WHERE seq > {kept});
+         DELETE FROM hallpass.log_org WHERE seq > {kept};
+         DELETE FROM hallpass.log WHERE seq > {kept};
+         SELECT setval('hallpass.log_seq', {kept});
+         {then}; COMMIT"
+    );
+    run_sql(client, &lose).await;
+}
+
+#[tokio::test]
+async fn a_history_that_lost_commits_is_another() {
+    // What comes after the failover: nothing, one commit in the place of the lost one, and more than were lost.
+    let cases = [
+        ("", 0),
+        (
+            "UPDATE public.profiles SET role = 'admin' WHERE user_id = :cam",
+            1,
+        ),
+        (
+            "UPDATE public.profiles SET role = 'admin' WHERE user_id = :cam;
+             UPDATE public.profiles SET role = 'admin' WHERE user_id = :vic;
+             UPDATE public.profiles SET role = 'admin' WHERE user_id = :pat",
+            3,
+        ),
+    ];
+    for (then, commits) in cases {
+        let database = Database::create().await;
+        let client = database.client().await;
+        fill(&client).await;
+        let server = Server::start(config(&database.url)).await;
+        let kept = head(&client).await;
+        set_role(&client, "lincoln", "pat", "admin").await;
+        server.catch_up(&client).await;
+        while !server.check("lincoln", "pat", APPROVE).await.is_cached() {}
+        let lost = server.check("lincoln", "pat", APPROVE).await;
+        assert_eq!(lost.said, "allow GRANTED_BY_ROLE");
+        assert_eq!(lost.seq(), kept + 1);
+
+        let undo = "UPDATE public.profiles SET role = 'parent_member' WHERE user_id = :pat";
+        fail_over(&client, kept, undo, then).await;
+        assert_eq!(head(&client).await, kept + commits);
+        server.catch_up(&client).await;
+        assert_all_right(&server, &client).await;
+        until_cached(&server).await;
+        assert_eq!(server.health("").await, ServingStatus::Serving);
+        let found = server.check("lincoln", "pat", APPROVE).await;
+        assert_ne!(found.evidence.position, lost.evidence.position);
+        // And it goes on from there.
+        set_role(&client, "franklin", "bob", "volunteer").await;
+        server.catch_up(&client).await;
+        assert_all_right(&server, &client).await;
+        server.stop().await;
+    }
+}
+
+/// The lost commits reach back before the service's own inspection.
+#[tokio::test]
+async fn a_history_that_lost_what_the_inspection_saw_serves_from_the_cache_again() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let server = Server::start(config(&database.url)).await;
+    let kept = head(&client).await - 5;
+    fail_over(&client, kept, "SELECT", "SELECT").await;
+    assert_eq!(head(&client).await, kept);
+    server.catch_up(&client).await;
+    until_cached(&server).await;
+    assert_all_right(&server, &client).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_sequence_that_is_behind_the_log_is_mended() {
+    let (_database, client, server) = start().await;
+    let before = head(&client).await;
+    let set_back = "SELECT setval('hallpass.log_seq', 1)";
+    client.batch_execute(set_back).await.unwrap();
+    eventually("the sequence is mended", async || {
+        let ask = "SELECT last_value FROM hallpass.log_seq";
+        client.query_one(ask, &[]).await.unwrap().get::<_, i64>(0) >= before
+    })
+    .await;
+    set_role(&client, "lincoln", "bob", "volunteer").await;
+    assert_eq!(head(&client).await, before + 1);
+    server.catch_up(&client).await;
+    assert_all_right(&server, &client).await;
+    assert!(
+        seq(&server
+            .check("lincoln", "bob", APPROVE)
+            .await
+            .evidence
+            .position)
+            > before
+    );
+    server.stop().await;
+}

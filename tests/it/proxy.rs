@@ -1,0 +1,105 @@
+//! A way to the test's cluster that can be closed, and that can fall silent as a network does.
+
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixListener, UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::watch,
+    task::JoinSet,
+};
+
+use crate::support::temporary_directory;
+
+/// The socket's name in its directory, as libpq has it for the cluster's port.
+const SOCKET: &str = ".s.PGSQL.5432";
+
+/// How the way is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Open,
+    /// Connections are made and kept, and nothing comes through.
+    Silent,
+    /// Nobody listens, and every connection has ended.
+    Closed,
+}
+
+/// Ends with its runtime.
+pub(crate) struct Proxy {
+    pub(crate) url: String,
+    way: watch::Sender<Way>,
+    _directory: TempDir,
+}
+
+impl Proxy {
+    /// A way to the database that `url` names.
+    pub(crate) fn to(url: &str, way: Way) -> Self {
+        let (before, host_on) = url.split_once("host=").unwrap();
+        let (host, after) = host_on.split_once('&').unwrap();
+        let directory = temporary_directory();
+        let path = directory.path().to_str().unwrap();
+        let url = format!("{before}host={path}&{after}");
+        let (way, state) = watch::channel(way);
+        let target = Path::new(host).join(SOCKET);
+        tokio::spawn(listen(directory.path().join(SOCKET), target, state));
+        Self {
+            url,
+            way,
+            _directory: directory,
+        }
+    }
+
+    pub(crate) fn set(&self, way: Way) {
+        self.way.send_replace(way);
+    }
+}
+
+async fn listen(path: PathBuf, target: PathBuf, way: watch::Receiver<Way>) {
+    let mut changes = way.clone();
+    // Until the test ends, and the sender with it.
+    while changes.wait_for(|way| *way != Way::Closed).await.is_ok() {
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                _closed_or_over = changes.wait_for(|way| *way == Way::Closed) => break,
+                accepted = listener.accept() => {
+                    let (near, _) = accepted.unwrap();
+                    connections.spawn(connect(near, target.clone(), way.clone()));
+                }
+            }
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+async fn connect(near: UnixStream, target: PathBuf, way: watch::Receiver<Way>) {
+    let Ok(far) = UnixStream::connect(target).await else {
+        return;
+    };
+    let (near_read, near_write) = near.into_split();
+    let (far_read, far_write) = far.into_split();
+    // When one direction ends, so does the connection.
+    tokio::select! {
+        () = pass_on(near_read, far_write, way.clone()) => {}
+        () = pass_on(far_read, near_write, way) => {}
+    }
+}
+
+async fn pass_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut way: watch::Receiver<Way>) {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let Ok(count @ 1..) = from.read(&mut buffer).await else {
+            return;
+        };
+        if way.wait_for(|way| *way != Way::Silent).await.is_err()
+            || to.write_all(&buffer[..count]).await.is_err()
+        {
+            return;
+        }
+    }
+}

@@ -92,7 +92,8 @@ impl Progress {
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn renew(&self, lease: Lease) {
+    /// Puts a newer lease in the place of the present one.
+    pub fn renew(&self, lease: Lease) {
         self.observe(lease.applied);
         self.lease.store(Some(Arc::new(lease)));
     }

@@ -11,6 +11,7 @@ mod embedded;
 mod executors;
 mod names;
 mod oracle;
+mod race;
 mod scenario;
 mod scenarios;
 mod support;

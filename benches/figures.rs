@@ -17,7 +17,9 @@ use hallpass_client::{
 use hdrhistogram::Histogram;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio_postgres::NoTls;
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 use uuid::Uuid;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -33,8 +35,13 @@ const ROUNDS: usize = 10;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let directory = tempfile::Builder::new().prefix("hallpass-figures-").tempdir_in("/tmp")?;
-    std::fs::set_permissions(directory.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let directory = tempfile::Builder::new()
+        .prefix("hallpass-figures-")
+        .tempdir_in("/tmp")?;
+    std::fs::set_permissions(
+        directory.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )?;
     let data_dir = directory.path().join("data");
 
     println!("{:44}{:>10}", "start to ready", "");
@@ -51,9 +58,17 @@ async fn main() -> Result<()> {
 
     database.change_one_membership().await?;
     let started = Instant::now();
-    database.client.execute("SELECT refresh_permission_materialized_views()", &[]).await?;
+    database
+        .client
+        .execute("SELECT refresh_permission_materialized_views()", &[])
+        .await?;
     row("refresh of both views, 10,000 members", started.elapsed());
-    row("warm start, 10,000 members", service.stop()?.ok_or("no line says how long the warm start took")?);
+    row(
+        "warm start, 10,000 members",
+        service
+            .stop()?
+            .ok_or("no line says how long the warm start took")?,
+    );
     Ok(())
 }
 
@@ -70,19 +85,42 @@ async fn latencies(channel: &Channel, database: &Database) -> Result<()> {
             let count = round > 0;
             let (organization, user) = members[(round * CALLS + call * 7) % members.len()];
             timed(&mut rpc, count, health.check(HealthCheckRequest::default())).await?;
-            let answer = timed(&mut hit, count, checks.check_permission(question(organization, user))).await?;
-            if answer.into_inner().evidence.map(|evidence| evidence.source()) != Some(Source::Cache) {
+            let answer = timed(
+                &mut hit,
+                count,
+                checks.check_permission(question(organization, user)),
+            )
+            .await?;
+            if answer
+                .into_inner()
+                .evidence
+                .map(|evidence| evidence.source())
+                != Some(Source::Cache)
+            {
                 return Err("a member of a warm cache was not cached".into());
             }
             timed(&mut statement, count, database.client.query(&select, &[])).await?;
             let stranger = Uuid::new_v4();
-            let answer = timed(&mut miss, count, checks.check_permission(question(organization, stranger))).await?;
-            if answer.into_inner().evidence.map(|evidence| evidence.source()) != Some(Source::Database) {
+            let answer = timed(
+                &mut miss,
+                count,
+                checks.check_permission(question(organization, stranger)),
+            )
+            .await?;
+            if answer
+                .into_inner()
+                .evidence
+                .map(|evidence| evidence.source())
+                != Some(Source::Database)
+            {
                 return Err("a stranger was cached".into());
             }
         }
     }
-    println!("{:44}{:>10}{:>10}{:>10}", "one call at a time", "p50", "p99", "p99.9");
+    println!(
+        "{:44}{:>10}{:>10}{:>10}",
+        "one call at a time", "p50", "p99", "p99.9"
+    );
     percentiles("  check, cached", &hit);
     percentiles("  health check: an RPC that does nothing", &rpc);
     percentiles("  check, not cached: one round trip to SQL", &miss);
@@ -122,7 +160,12 @@ fn row(name: &str, elapsed: Duration) {
 
 fn percentiles(name: &str, histogram: &Histogram<u64>) {
     let micros = |quantile| histogram.value_at_quantile(quantile) as f64 / 1_000.0;
-    println!("{name:44}{:>7.0} µs{:>7.0} µs{:>7.0} µs", micros(0.5), micros(0.99), micros(0.999));
+    println!(
+        "{name:44}{:>7.0} µs{:>7.0} µs{:>7.0} µs",
+        micros(0.5),
+        micros(0.99),
+        micros(0.999)
+    );
 }
 
 /// The hallpass program, running.
@@ -151,7 +194,12 @@ impl Service {
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        Ok(Self { process, log, _output: output, to_ready: started.elapsed() })
+        Ok(Self {
+            process,
+            log,
+            _output: output,
+            to_ready: started.elapsed(),
+        })
     }
 
     /// Returns how long its warm start took, if its log says so.
@@ -159,7 +207,11 @@ impl Service {
         let pid = Pid::from_raw(i32::try_from(self.process.id())?).ok_or("no process")?;
         kill_process(pid, Signal::TERM)?;
         self.process.wait()?;
-        let warmed = self.log.lines().map_while(std::result::Result::ok).find(|line| line.contains("warmed the cache"));
+        let warmed = self
+            .log
+            .lines()
+            .map_while(std::result::Result::ok)
+            .find(|line| line.contains("warmed the cache"));
         Ok(warmed.and_then(|line| parse_elapsed(&line)))
     }
 }
@@ -168,14 +220,22 @@ impl Service {
 fn parse_elapsed(line: &str) -> Option<Duration> {
     let text = line.split("elapsed=").nth(1)?.split_whitespace().next()?;
     match text.strip_suffix("ms") {
-        Some(millis) => Some(Duration::from_secs_f64(millis.parse::<f64>().ok()? / 1_000.0)),
-        None => Some(Duration::from_secs_f64(text.strip_suffix('s')?.parse().ok()?)),
+        Some(millis) => Some(Duration::from_secs_f64(
+            millis.parse::<f64>().ok()? / 1_000.0,
+        )),
+        None => Some(Duration::from_secs_f64(
+            text.strip_suffix('s')?.parse().ok()?,
+        )),
     }
 }
 
 async fn is_serving() -> bool {
-    let Ok(channel) = hallpass_client::connect(ENDPOINT).await else { return false };
-    let health = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
+    let Ok(channel) = hallpass_client::connect(ENDPOINT).await else {
+        return false;
+    };
+    let health = HealthClient::new(channel)
+        .check(HealthCheckRequest::default())
+        .await;
     health.is_ok_and(|health| health.into_inner().status() == ServingStatus::Serving)
 }
 
@@ -185,14 +245,23 @@ struct Database {
 
 impl Database {
     async fn connect(data_dir: &Path) -> Result<Self> {
-        let url = format!("postgresql:///hallpass?host={}&user=hallpass", data_dir.join("postgres").display());
+        let url = format!(
+            "postgresql:///hallpass?host={}&user=hallpass",
+            data_dir.join("postgres").display()
+        );
         let (client, connection) = tokio_postgres::connect(&url, NoTls).await?;
         tokio::spawn(connection);
         Ok(Self { client })
     }
 
     async fn members(&self) -> Result<Vec<(Uuid, Uuid)>> {
-        let rows = self.client.query("SELECT org_id, user_id FROM hallpass.members ORDER BY user_id", &[]).await?;
+        let rows = self
+            .client
+            .query(
+                "SELECT org_id, user_id FROM hallpass.members ORDER BY user_id",
+                &[],
+            )
+            .await?;
         Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 

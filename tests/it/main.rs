@@ -15,3 +15,4 @@ mod race;
 mod scenario;
 mod scenarios;
 mod support;
+mod tidy;

@@ -82,9 +82,9 @@ impl Names {
         while let Some(at) = rest.find(':') {
             let (before, after) = rest.split_at(at);
             resolved.push_str(before);
-            if after.starts_with("::") {
+            if let Some(after) = after.strip_prefix("::") {
                 resolved.push_str("::");
-                rest = &after[2..];
+                rest = after;
                 continue;
             }
             let after = &after[1..];

@@ -30,6 +30,9 @@ const ENDPOINT: &str = "http://127.0.0.1:50061";
 /// Calls a latency; the first tenth is not counted.
 const CALLS: usize = 20_000;
 
+/// A longer call is counted as this long.
+const LATENCY_MAX_NS: u64 = 10_000_000_000;
+
 /// Rounds in which the calls that are compared take turns.
 const ROUNDS: usize = 10;
 
@@ -78,7 +81,7 @@ async fn latencies(channel: &Channel, database: &Database) -> Result<()> {
     let mut checks = PermissionServiceClient::new(channel.clone());
     let mut health = HealthClient::new(channel.clone());
     let select = database.client.prepare("SELECT 1").await?;
-    let new = || Histogram::<u64>::new(3);
+    let new = || Histogram::<u64>::new_with_max(LATENCY_MAX_NS, 3);
     let (mut rpc, mut hit, mut statement, mut miss) = (new()?, new()?, new()?, new()?);
     for round in 0..ROUNDS {
         for call in 0..CALLS / ROUNDS {

@@ -24,7 +24,7 @@ BEGIN
         RETURN NULL;
     END IF;
     RETURN value::jsonb;
-EXCEPTION WHEN data_exception THEN
+EXCEPTION WHEN data_exception OR program_limit_exceeded THEN   -- the second: nested deeper than the stack
     RETURN NULL;
 END $$;
 

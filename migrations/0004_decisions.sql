@@ -34,13 +34,18 @@ CREATE TABLE hallpass.matrix_stamp (
 INSERT INTO hallpass.matrix_stamp VALUES ('user_permission_matrix', -1, now()), ('org_permission_summary', -1, now());
 
 -- Writes the stamp of a view, from within the view's own query: so every refresh, whoever makes it and at whatever
--- isolation level, stamps the view with the head of the very snapshot that it reads. A refresh from a snapshot older
--- than the present stamp's fails to update the row and is rolled back whole.
+-- isolation level, stamps the view with the head of the very snapshot that it reads. A stamp never goes back: a
+-- refresh whose snapshot is older than the present stamp's (it waited for another refresh, or its transaction is old)
+-- fails and is rolled back whole. A plain REFRESH shows its rows to snapshots taken before it, so a reader that saw
+-- the newer stamp would believe the older rows.
 CREATE FUNCTION hallpass.stamp(stamped_view text, head_seq bigint) RETURNS boolean
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     UPDATE hallpass.matrix_stamp SET seq = coalesce(head_seq, 0), refreshed_at = clock_timestamp()
-    WHERE view_name = stamped_view;
+    WHERE view_name = stamped_view AND seq <= coalesce(head_seq, 0);
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'a newer refresh of % is there already', stamped_view USING ERRCODE = 'serialization_failure';
+    END IF;
     RETURN true;
 END $$;
 
@@ -80,18 +85,34 @@ CREATE MATERIALIZED VIEW public.org_permission_summary AS
 
 CREATE UNIQUE INDEX org_permission_summary_key ON public.org_permission_summary (org_id);
 
+-- Whether a materialized view has data: one refreshed WITH NO DATA, or restored without, cannot be read.
+CREATE FUNCTION hallpass.is_populated(materialized_view regclass) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (SELECT relispopulated FROM pg_class WHERE oid = materialized_view);
+END $$;
+
 -- Whether an organization's rows of the matrix are the truth in this snapshot: no entry that touches it, or
--- everything, is newer than the stamp, and this transaction has no change that is not numbered yet.
+-- everything, is newer than the stamp, this transaction has no change that is not numbered yet, and the snapshot knows
+-- the matrix's present file: a plain REFRESH puts another one under every snapshot, older ones too.
 CREATE FUNCTION hallpass.matrix_is_true(org_id uuid) RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     stamp CONSTANT bigint := (SELECT seq FROM hallpass.matrix_stamp WHERE view_name = 'user_permission_matrix');
 BEGIN
-    RETURN stamp >= 0
+    IF stamp >= 0
        AND NOT EXISTS (SELECT FROM hallpass.log_org l WHERE l.org_id = $1 AND l.seq > stamp)
        AND NOT EXISTS (SELECT FROM hallpass.log_org l
                        WHERE l.org_id = '00000000-0000-0000-0000-000000000000' AND l.seq > stamp)
-       AND NOT hallpass.has_pending();
+       AND NOT hallpass.has_pending()
+    THEN
+        -- Reads nothing, but locks: the file stays until the caller's transaction ends. Waits for a plain REFRESH, so
+        -- it comes last.
+        PERFORM FROM public.user_permission_matrix WHERE false;
+        RETURN (SELECT relispopulated AND relfilenode = pg_relation_filenode(oid)
+                FROM pg_class WHERE oid = 'public.user_permission_matrix'::regclass);
+    END IF;
+    RETURN false;
 END $$;
 
 -- What hallpass.load returns: first one row that says what holds for all (org_id NULL: the head, whether this is a

@@ -75,12 +75,21 @@ BEGIN
             set_config('app.user_agent', coalesce(user_agent, ''), true);
 END $$;
 
--- Refreshes both materialized views without blocking their readers. Each view stamps itself: see hallpass.stamp.
+-- Refreshes both materialized views without blocking their readers; one without data has none to block. Each view
+-- stamps itself: see hallpass.stamp.
 CREATE FUNCTION public.refresh_permission_materialized_views() RETURNS void
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
-    REFRESH MATERIALIZED VIEW CONCURRENTLY public.user_permission_matrix;
-    REFRESH MATERIALIZED VIEW CONCURRENTLY public.org_permission_summary;
+    IF hallpass.is_populated('public.user_permission_matrix') THEN
+        REFRESH MATERIALIZED VIEW CONCURRENTLY public.user_permission_matrix;
+    ELSE
+        REFRESH MATERIALIZED VIEW public.user_permission_matrix;
+    END IF;
+    IF hallpass.is_populated('public.org_permission_summary') THEN
+        REFRESH MATERIALIZED VIEW CONCURRENTLY public.org_permission_summary;
+    ELSE
+        REFRESH MATERIALIZED VIEW public.org_permission_summary;
+    END IF;
 END $$;
 
 CALL hallpass.reset_privileges();

@@ -61,10 +61,10 @@ BEGIN
     SELECT format('row-level security on %s hides rows from %s', target, current_user)
     FROM unnest(hallpass.recorded_tables()) target WHERE row_security_active(target);
 
-    IF (SELECT last_value FROM hallpass.log_seq) < (SELECT max(seq) FROM hallpass.log) THEN
+    IF (SELECT last_value + is_called::integer FROM hallpass.log_seq) <= (SELECT max(seq) FROM hallpass.log) THEN
         PERFORM pg_advisory_xact_lock(1751215212, 2);
         newest := (SELECT max(seq) FROM hallpass.log);
-        IF (SELECT last_value FROM hallpass.log_seq) < newest THEN
+        IF (SELECT last_value + is_called::integer FROM hallpass.log_seq) <= newest THEN
             PERFORM setval('hallpass.log_seq', newest);
             RAISE WARNING 'hallpass.log_seq was behind the log: set to %', newest;
         END IF;

@@ -155,19 +155,6 @@ impl Cache {
         }
     }
 
-    /// Subjects remembered, valid or not; approximate.
-    #[must_use]
-    pub fn len(&self) -> u64 {
-        self.entries.run_pending_tasks();
-        self.entries.entry_count()
-    }
-
-    /// Whether nothing is remembered.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     fn stripe(&self, organization: OrganizationId) -> MutexGuard<'_, Stripe> {
         let low_bytes = organization.0.as_u64_pair().1 ^ organization.0.as_u64_pair().0;
         lock(&self.stripes[usize::try_from(low_bytes % STRIPES as u64).unwrap_or(0)])

@@ -1,10 +1,8 @@
 //! Every setting of the service, its default and why; parsed whole before anything is started.
 
-use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
-
-use crate::store::DatabaseUrl;
 
 /// Where clients look first, and nobody else can reach.
 pub const DEFAULT_GRPC_LISTEN: &str = "127.0.0.1:50051";
@@ -59,13 +57,28 @@ pub struct ServeSettings {
 #[derive(Args, Clone, Debug)]
 pub struct DatabaseSettings {
     /// The database, as a libpq URL; without it a private PostgreSQL is started under --data-dir
-    // The URL may hold a password: it is not shown in --help.
-    #[arg(long, env = "HALLPASS_DATABASE_URL", hide_env_values = true, value_parser = parse_database_url)]
-    pub database_url: Option<DatabaseUrl>,
+    #[arg(long, env = "HALLPASS_DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<Secret>,
 
     /// Where the private PostgreSQL lives
     #[arg(long, env = "HALLPASS_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
     pub data_dir: PathBuf,
+}
+
+/// A setting that may hold a password. It is parsed where it is used: an error of the command line's would print it.
+#[derive(Clone)]
+pub struct Secret(pub String);
+
+impl From<String> for Secret {
+    fn from(secret: String) -> Self {
+        Self(secret)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
 }
 
 /// Which service a client command asks.
@@ -107,10 +120,6 @@ impl ListenAddress {
             Self::Unix(_) => true,
         }
     }
-}
-
-fn parse_database_url(url: &str) -> Result<DatabaseUrl, String> {
-    url.parse()
 }
 
 /// Parses `200ms`, `2s`, `5m` or `1h`.

@@ -2,13 +2,13 @@
 //!
 //! Invariant: health says SERVING only while the schema is current, the log is believed, and answers can be given.
 
-use std::{future::Future, io, sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use thiserror::Error;
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
-    task::JoinSet,
+    task::{JoinError, JoinSet},
     time::{Instant, sleep, timeout},
 };
 use tokio_stream::wrappers::UnixListenerStream;
@@ -69,8 +69,8 @@ pub enum ServeError {
     Transport(#[from] tonic::transport::Error),
     #[error("cannot serve: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-    #[error("cannot listen: {0}")]
-    Listen(#[from] io::Error),
+    #[error("the server's task ended: {0}")]
+    Task(#[from] JoinError),
 }
 
 /// The name under which health is asked for.
@@ -157,7 +157,7 @@ pub async fn run(
     };
     tokio::select! {
         fatal = watched => { let Err(error) = fatal; return Err(error); }
-        ended = &mut server => return ended.unwrap_or_else(|panic| Err(io::Error::other(panic).into())),
+        ended = &mut server => return ended?,
         () = shutdown => {}
     }
 
@@ -166,7 +166,7 @@ pub async fn run(
     sleep(config.lame_duck).await;
     stop.cancel();
     match timeout(DRAIN_MAX, &mut server).await {
-        Ok(ended) => ended.unwrap_or_else(|panic| Err(io::Error::other(panic).into())),
+        Ok(ended) => ended?,
         Err(_) => {
             tracing::warn!("calls were still under way after {DRAIN_MAX:?}: cut off");
             Ok(())
@@ -232,7 +232,7 @@ async fn start(
         config.matrix_refresh_interval,
     ));
     // The sender lives as long as the inspecting task, which never ends by itself.
-    let _inspected = inspection.wait_for(|inspected| *inspected).await;
+    drop(inspection.wait_for(|inspected| *inspected).await);
     while checker.progress.lease().is_none() {
         sleep(HEALTH_INTERVAL).await;
     }

@@ -20,10 +20,11 @@ pub(super) struct Database {
 impl Database {
     pub(super) async fn open(settings: &DatabaseSettings) -> anyhow::Result<Self> {
         if let Some(url) = &settings.database_url {
-            return Ok(Self {
-                url: url.clone(),
-                private: None,
-            });
+            let url = url
+                .0
+                .parse()
+                .map_err(|error| anyhow!("--database-url: {error}"))?;
+            return Ok(Self { url, private: None });
         }
         let private = start_private(&settings.data_dir).await?;
         Ok(Self {

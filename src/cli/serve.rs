@@ -75,14 +75,14 @@ pub(super) async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
             let listener = TcpListener::bind(address)
                 .await
                 .with_context(|| format!("cannot listen on {address}"))?;
-            tracing::info!(address = %listener.local_addr()?, "serving gRPC");
+            tracing::info!(address = %listener.local_addr()?, "listening for gRPC");
             Ok(Listener::Tcp(listener))
         }
         ListenAddress::Unix(path) => {
             remove_dead_socket(path)?;
             let listener = UnixListener::bind(path)
                 .with_context(|| format!("cannot listen on unix:{}", path.display()))?;
-            tracing::info!(path = %path.display(), "serving gRPC");
+            tracing::info!(path = %path.display(), "listening for gRPC");
             Ok(Listener::Unix(listener))
         }
     }

@@ -3,7 +3,7 @@
 use std::{future::poll_fn, sync::Arc, time::Duration};
 
 use tokio::sync::Notify;
-use tokio_postgres::{AsyncMessage, Client, NoTls, Row};
+use tokio_postgres::{AsyncMessage, Client, NoTls, Row, Statement};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
@@ -51,7 +51,7 @@ pub struct Page {
 /// $1, $2: a position that must be there. $3, $4: the cursor. $5: rows a page.
 /// Entries first, then each one's rows, each limited: a page costs the same in the middle of a large entry. An entry
 /// that touches everything needs none of its rows. Of an override, `users` are those whose mention changed, when
-/// nothing else did.
+/// nothing else did; a list of lists, which PostgreSQL allows and nobody means, is not taken apart.
 const READ_PAGE: &str = "
 SELECT pg_is_in_recovery(),
        $1::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $1 AND uid = $2::integer),
@@ -72,6 +72,8 @@ LEFT JOIN LATERAL (
                CASE WHEN a.table_name = 'organization_permissions'
                      AND a.old_values ->> 'min_role_required' IS NOT DISTINCT FROM a.new_values ->> 'min_role_required'
                      AND coalesce(a.old_values ->> 'is_enabled', 'true') = coalesce(a.new_values ->> 'is_enabled', 'true')
+                     AND jsonb_typeof(a.old_values #> '{specific_users,0}') IS DISTINCT FROM 'array'
+                     AND jsonb_typeof(a.new_values #> '{specific_users,0}') IS DISTINCT FROM 'array'
                THEN ARRAY(
                     SELECT coalesce(before.id, after.id)::uuid
                     FROM (SELECT DISTINCT jsonb_array_elements_text(nullif(a.old_values -> 'specific_users', 'null'))) before (id)
@@ -96,6 +98,7 @@ LEFT JOIN LATERAL (SELECT seq, uid FROM hallpass.log ORDER BY seq DESC LIMIT 1) 
 /// A connection that listens to the log and reads it.
 pub struct LogReader {
     client: Client,
+    read_page: Statement,
     more: Arc<Notify>,
     _driver: AbortOnDropHandle<()>,
 }
@@ -130,8 +133,10 @@ impl LogReader {
             notified.notify_one();
         }));
         client.batch_execute("LISTEN hallpass_log").await?;
+        let read_page = client.prepare(READ_PAGE).await?;
         Ok(Self {
             client,
+            read_page,
             more,
             _driver: driver,
         })
@@ -165,7 +170,7 @@ impl LogReader {
         let rows = self
             .client
             .query(
-                READ_PAGE,
+                &self.read_page,
                 &[
                     &seen.seq,
                     &seen.uid.cast_signed(),

@@ -54,11 +54,20 @@ impl Database {
     /// Takes about 50 ms: PostgreSQL copies the template's files.
     pub(crate) async fn create() -> Self {
         static MIGRATED: OnceCell<()> = OnceCell::const_new();
-        static COUNT: AtomicU32 = AtomicU32::new(0);
         MIGRATED.get_or_init(migrate_template).await;
+        Self::copy(TEMPLATE).await
+    }
+
+    /// One with nothing in it.
+    pub(crate) async fn empty() -> Self {
+        Self::copy("template0").await
+    }
+
+    async fn copy(template: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let admin = connect(&support::cluster().url_for("postgres")).await;
-        let copy = format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}");
+        let copy = format!("CREATE DATABASE {name} TEMPLATE {template}");
         admin.batch_execute(&copy).await.unwrap();
         Self {
             url: support::cluster().url_for(&name),

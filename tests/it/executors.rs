@@ -75,15 +75,17 @@ const ASK_IN_ORGANIZATION: &str = "
 SELECT public.user_has_permission_in_org(org_id, user_id, permission_key)
 FROM unnest($1::uuid[], $2::uuid[], $3::text[]) WITH ORDINALITY q (org_id, user_id, permission_key, n) ORDER BY n";
 
-pub(crate) const ASK_OF_ONE_ORGANIZATION: [&str; 3] = [
-    "SELECT public.user_has_org_permission($1, $2::text::varchar)",
-    "SELECT public.user_has_org_permission_enhanced($1, $2, true)",
-    "SELECT public.user_has_org_permission_enhanced($1, $2, false)",
-];
+/// Raises for a user of several organizations, whichever function is asked.
+const ASK_OF_ONE_ORGANIZATION: &str = "
+SELECT public.user_has_org_permission(user_id, permission_key::varchar),
+       public.user_has_org_permission_enhanced(user_id, permission_key, true),
+       public.user_has_org_permission_enhanced(user_id, permission_key, false)
+FROM unnest($1::uuid[], $2::text[]) WITH ORDINALITY q (user_id, permission_key, n) ORDER BY n";
 
 const READ_BULK: &str = "
-SELECT user_has_permission, reason, role, effective_min_role, is_enabled, org_id, permission_key, module_name
-FROM public.get_user_permissions_bulk($1, $2)";
+SELECT p.user_has_permission, p.reason, p.role, p.effective_min_role, p.is_enabled,
+       p.org_id, q.user_id, p.permission_key
+FROM unnest($1::uuid[]) q (user_id) CROSS JOIN LATERAL public.get_user_permissions_bulk(q.user_id, $2) p";
 
 impl Executor {
     /// A line for each question whose answer is not the oracle's.
@@ -239,76 +241,74 @@ fn loaded(row: &Row, permission: &str) -> Answer {
 }
 
 async fn ask_of_one(client: &Client, world: &World, names: &Names) -> Vec<String> {
+    let asked: Vec<(&String, &String)> = names
+        .users
+        .iter()
+        .filter(|user| world.memberships(user).count() <= 1)
+        .flat_map(|user| names.permissions.iter().map(move |p| (user, p)))
+        .collect();
+    let users: Vec<Uuid> = asked.iter().map(|(user, _)| id(user)).collect();
+    let permissions: Vec<&String> = asked.iter().map(|(_, permission)| *permission).collect();
+    let rows = client
+        .query(ASK_OF_ONE_ORGANIZATION, &[&users, &permissions])
+        .await
+        .unwrap();
+    assert_eq!(rows.len(), asked.len());
     let mut found = Vec::new();
-    for user in &names.users {
-        let memberships: Vec<_> = world.memberships(user).collect();
-        if memberships.len() > 1 {
-            continue;
-        }
-        for permission in &names.permissions {
-            let expected = memberships.first().is_some_and(|(organization, _)| {
-                let question = Question {
-                    organization: (*organization).to_owned(),
-                    user: user.clone(),
-                    permission: permission.clone(),
-                };
-                world.decide(&question).allowed
-            });
-            for sql in ASK_OF_ONE_ORGANIZATION {
-                let row = client.query_one(sql, &[&id(user), permission]).await;
-                let said: bool = row.unwrap().get(0);
-                if said != expected {
-                    found.push(format!("{user} {permission}: `{sql}` says {said}"));
-                }
-            }
+    for ((user, permission), row) in asked.into_iter().zip(&rows) {
+        let expected = world.memberships(user).any(|(organization, _)| {
+            let question = question(organization, user, permission);
+            world.decide(&question).allowed
+        });
+        let said: [bool; 3] = [row.get(0), row.get(1), row.get(2)];
+        if said != [expected; 3] {
+            found.push(format!(
+                "{user} {permission}: {said:?}, the oracle {expected}"
+            ));
         }
     }
     found
 }
 
+fn question(organization: &str, user: &str, permission: &str) -> Question {
+    Question {
+        organization: organization.to_owned(),
+        user: user.to_owned(),
+        permission: permission.to_owned(),
+    }
+}
+
 /// Without a module and with each: exactly the rows of the user's organizations.
 async fn bulk(client: &Client, world: &World, names: &Names) -> Vec<String> {
-    let mut found = Vec::new();
     let modules: BTreeSet<&String> = world.catalog.values().map(|t| &t.module).collect();
     let filters: Vec<Option<&String>> = std::iter::once(None)
         .chain(modules.into_iter().map(Some))
         .collect();
-    for (user, filter) in names
-        .users
-        .iter()
-        .flat_map(|user| filters.iter().map(move |filter| (user, filter)))
-    {
-        let rows = client.query(READ_BULK, &[&id(user), filter]).await.unwrap();
+    let mut found = Vec::new();
+    for filter in filters {
+        let users: Vec<Uuid> = names.users.iter().map(|user| id(user)).collect();
+        let rows = client.query(READ_BULK, &[&users, &filter]).await.unwrap();
         let said: BTreeMap<Question, Decided> = rows
             .iter()
             .map(|row| {
-                let question = Question {
-                    organization: names.of(row.get(5)),
-                    user: user.clone(),
-                    permission: row.get(6),
-                };
+                let question = question(&names.of(row.get(5)), &names.of(row.get(6)), row.get(7));
                 (question, decided(row, row.get(0)))
             })
             .collect();
         let expected: BTreeMap<Question, Decided> = world
-            .memberships(user)
-            .flat_map(|(organization, _)| {
-                world.catalog.iter().map(move |entry| (organization, entry))
-            })
+            .members
+            .keys()
+            .flat_map(|member| world.catalog.iter().map(move |entry| (member, entry)))
             .filter(|(_, (_, template))| filter.is_none_or(|module| *module == template.module))
-            .map(|(organization, (permission, _))| {
-                let question = Question {
-                    organization: organization.to_owned(),
-                    user: user.clone(),
-                    permission: permission.clone(),
-                };
+            .map(|((organization, user), (permission, _))| {
+                let question = question(organization, user, permission);
                 let row = expected_row(world, &question);
                 (question, row)
             })
             .collect();
         if said != expected || said.len() != rows.len() {
             found.push(format!(
-                "{user}, module {filter:?}: says {said:?}, the oracle {expected:?}"
+                "module {filter:?}: says {said:?}, the oracle {expected:?}"
             ));
         }
     }

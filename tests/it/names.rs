@@ -82,9 +82,9 @@ impl Names {
         while let Some(at) = rest.find(':') {
             let (before, after) = rest.split_at(at);
             resolved.push_str(before);
-            if let Some(after) = after.strip_prefix("::") {
+            if let Some(after_cast) = after.strip_prefix("::") {
                 resolved.push_str("::");
-                rest = after;
+                rest = after_cast;
                 continue;
             }
             let after = &after[1..];

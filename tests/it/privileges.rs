@@ -1,0 +1,167 @@
+//! Who may do what in a database whose default privileges open everything to everyone, as a hosted one's do.
+
+use tokio::sync::OnceCell;
+use tokio_postgres::Client;
+
+use hallpass::store::migrations::migrate;
+
+use crate::{
+    database::Database,
+    sql::{lines, run, sqlstate},
+};
+
+/// Every privilege on hallpass's objects and on the tables `migrate` creates that somebody other than the owner has.
+///
+/// It should stay empty. A grant that a migration makes on purpose goes here as the failing test prints it, `object |
+/// grantee | privilege`, with the consumer that needs it; one that nobody meant is for `hallpass.reset_privileges` to
+/// revoke: most often a new name in `public` that its list does not have.
+const GRANTED: &[&str] = &[];
+
+/// What Supabase sets up, and somewhat more: for one schema and for all.
+const OPEN_TO_ALL: &str = "
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY['anon', 'authenticated', 'service_role'] LOOP
+        BEGIN
+            EXECUTE 'CREATE ROLE ' || name;
+        EXCEPTION WHEN duplicate_object OR unique_violation THEN
+            NULL;
+        END;
+    END LOOP;
+END $$;
+GRANT USAGE ON SCHEMA public TO anon, authenticated, service_role;
+ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON TABLES TO anon, authenticated, service_role;
+ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON SEQUENCES TO anon, authenticated, service_role;
+ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON FUNCTIONS TO anon, authenticated, service_role;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO anon, authenticated WITH GRANT OPTION;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO anon, PUBLIC;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON ROUTINES TO anon, authenticated;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON SCHEMAS TO anon, authenticated, PUBLIC";
+
+/// All there is, since nothing else was made in the database: everything of the schemas `public` and `hallpass`, types
+/// aside, whose USAGE every PUBLIC has and which opens nothing.
+const PRIVILEGES: &str = "
+WITH object AS (
+    SELECT 'schema ' || nspname AS name, nspowner AS owner, coalesce(nspacl, acldefault('n', nspowner)) AS acl
+    FROM pg_namespace WHERE nspname = 'hallpass'
+    UNION ALL
+    SELECT format('%s %I.%I', CASE relkind WHEN 'S' THEN 'sequence' ELSE 'table' END, nspname, relname), relowner,
+           coalesce(relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::\"char\", relowner))
+    FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+    WHERE nspname IN ('public', 'hallpass') AND relkind NOT IN ('i', 'I', 't', 'c')
+    UNION ALL
+    SELECT format('column %I.%I.%I', nspname, relname, attname), relowner, attacl
+    FROM pg_attribute JOIN pg_class c ON c.oid = attrelid JOIN pg_namespace n ON n.oid = relnamespace
+    WHERE nspname IN ('public', 'hallpass') AND attacl IS NOT NULL
+    UNION ALL
+    SELECT 'routine ' || p.oid::regprocedure, proowner, coalesce(proacl, acldefault('f', proowner))
+    FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
+    WHERE nspname IN ('public', 'hallpass')
+)
+SELECT name, CASE grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(grantee) END, privilege_type
+FROM object, aclexplode(acl) WHERE grantee <> owner ORDER BY 1, 2, 3";
+
+const OBJECTS: &str = "
+SELECT (SELECT count(*) FROM pg_class WHERE relnamespace = 'hallpass'::regnamespace) > 5
+   AND (SELECT count(*) FROM pg_proc WHERE pronamespace = 'hallpass'::regnamespace) > 10";
+
+async fn open_database() -> (Database, Client) {
+    // Roles are the cluster's, and two at once would meet.
+    static TURN: OnceCell<tokio::sync::Mutex<()>> = OnceCell::const_new();
+    let turn = TURN.get_or_init(async || tokio::sync::Mutex::new(())).await;
+    let turn = turn.lock().await;
+    let database = Database::empty().await;
+    let client = database.client().await;
+    run(&client, OPEN_TO_ALL).await;
+    drop(turn);
+    migrate(&database.url.parse().unwrap(), |_| {})
+        .await
+        .unwrap();
+    (database, client)
+}
+
+#[tokio::test]
+async fn default_privileges_do_not_reach_what_migrate_creates() {
+    let (_database, client) = open_database().await;
+    assert_eq!(lines(&client, OBJECTS).await, ["t"]);
+    assert_eq!(lines(&client, PRIVILEGES).await, GRANTED);
+    // They do reach what others create: the test would see it.
+    run(&client, "CREATE TABLE public.bait (x int)").await;
+    assert!(
+        lines(&client, PRIVILEGES)
+            .await
+            .contains(&"table public.bait | anon | SELECT".to_owned())
+    );
+}
+
+/// What the catalogs say, tried.
+#[tokio::test]
+async fn a_stranger_is_refused() {
+    let (_database, client) = open_database().await;
+    run(&client, "SET ROLE anon").await;
+    for refused in [
+        "SELECT FROM profiles",
+        "INSERT INTO permission_roles VALUES ('x', 9)",
+        "SELECT FROM permission_audit_log",
+        "DELETE FROM permission_audit_log",
+        "SELECT FROM user_permission_matrix",
+        "SELECT FROM effective_user_permissions",
+        "SELECT refresh_permission_materialized_views()",
+        "SELECT user_has_permission_in_org(NULL, NULL, NULL)",
+        "SELECT set_session_variables('x')",
+        "SELECT hallpass.head()",
+        "SELECT * FROM hallpass.load('{}', '{}', true)",
+        "INSERT INTO hallpass.log_pending VALUES (1, '{}')",
+        "SELECT nextval('hallpass.log_seq')",
+        "CREATE TABLE hallpass.mine (x int)",
+    ] {
+        let error = client.batch_execute(refused).await.expect_err(refused);
+        assert_eq!(sqlstate(&error), "42501", "{refused}");
+    }
+}
+
+/// Who may write the tables needs no privilege on what records it.
+#[tokio::test]
+async fn a_writer_of_the_tables_needs_nothing_of_hallpass() {
+    let (_database, client) = open_database().await;
+    run(
+        &client,
+        "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON permission_roles TO authenticated; SET ROLE authenticated",
+    )
+    .await;
+    run(
+        &client,
+        "INSERT INTO permission_roles VALUES ('chair', 9);
+         UPDATE permission_roles SET rank = 8 WHERE role_key = 'chair';
+         DELETE FROM permission_roles WHERE role_key = 'chair';
+         TRUNCATE permission_roles; RESET ROLE",
+    )
+    .await;
+    let recorded = "SELECT change_type, database_role FROM hallpass.log JOIN permission_audit_log USING (entry_id)
+                    ORDER BY seq";
+    assert_eq!(
+        lines(&client, recorded).await,
+        [
+            "INSERT | authenticated",
+            "UPDATE | authenticated",
+            "DELETE | authenticated",
+            "TRUNCATE | authenticated"
+        ]
+    );
+}
+
+/// A function that runs as its owner must not find what its caller put in its way.
+#[tokio::test]
+async fn functions_pin_their_search_path() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    let unpinned = "
+        SELECT p.oid::regprocedure FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
+        WHERE (nspname = 'hallpass' OR nspname = 'public' AND prosecdef)
+          AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false)";
+    assert_eq!(lines(&client, unpinned).await, [""; 0]);
+    let definers = "SELECT count(*) > 5 FROM pg_proc WHERE prosecdef";
+    assert_eq!(lines(&client, definers).await, ["t"]);
+}

@@ -34,18 +34,12 @@ CREATE TABLE hallpass.matrix_stamp (
 INSERT INTO hallpass.matrix_stamp VALUES ('user_permission_matrix', -1, now()), ('org_permission_summary', -1, now());
 
 -- Writes the stamp of a view, from within the view's own query: so every refresh, whoever makes it and at whatever
--- isolation level, stamps the view with the head of the very snapshot that it reads. A stamp never goes back: a
--- refresh whose snapshot is older than the present stamp's (it waited for another refresh, or its transaction is old)
--- fails and is rolled back whole. A plain REFRESH shows its rows to snapshots taken before it, so a reader that saw
--- the newer stamp would believe the older rows.
+-- isolation level, stamps the view with the head of the very snapshot that its rows come from.
 CREATE FUNCTION hallpass.stamp(stamped_view text, head_seq bigint) RETURNS boolean
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     UPDATE hallpass.matrix_stamp SET seq = coalesce(head_seq, 0), refreshed_at = clock_timestamp()
-    WHERE view_name = stamped_view AND seq <= coalesce(head_seq, 0);
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'a newer refresh of % is there already', stamped_view USING ERRCODE = 'serialization_failure';
-    END IF;
+    WHERE view_name = stamped_view;
     RETURN true;
 END $$;
 
@@ -92,27 +86,47 @@ BEGIN
     RETURN (SELECT relispopulated FROM pg_class WHERE oid = materialized_view);
 END $$;
 
--- Whether an organization's rows of the matrix are the truth in this snapshot: no entry that touches it, or
--- everything, is newer than the stamp, this transaction has no change that is not numbered yet, and the snapshot knows
--- the matrix's present file: a plain REFRESH puts another one under every snapshot, older ones too.
-CREATE FUNCTION hallpass.matrix_is_true(org_id uuid) RETURNS boolean
+-- Whether the matrix may have rows that this snapshot's stamp speaks of.
+--
+-- A REFRESH without CONCURRENTLY puts another file under every snapshot, older ones too, with newer rows or (when it
+-- waited for a newer refresh) older ones, or none (WITH NO DATA): the matrix is believed only by a snapshot that knows
+-- the present file. A statement that reads nothing locks it, so that the file stays until the caller's transaction
+-- ends; where such a REFRESH holds it, the live view answers sooner than waiting would.
+CREATE FUNCTION hallpass.matrix_file_is_known() RETURNS boolean
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '20ms' AS $$
+BEGIN
+    PERFORM FROM public.user_permission_matrix WHERE false;
+    RETURN (SELECT relispopulated AND relfilenode = pg_relation_filenode(oid)
+            FROM pg_class WHERE oid = 'public.user_permission_matrix'::regclass);
+EXCEPTION WHEN lock_not_available THEN
+    RETURN false;
+END $$;
+
+-- Those of the organizations whose rows of the matrix are the truth in this snapshot: no entry that touches them, or
+-- everything, is newer than the stamp, and this transaction has no change that is not numbered yet.
+CREATE FUNCTION hallpass.true_in_matrix(org_ids uuid[]) RETURNS uuid[]
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     stamp CONSTANT bigint := (SELECT seq FROM hallpass.matrix_stamp WHERE view_name = 'user_permission_matrix');
+    untouched uuid[];
 BEGIN
-    IF stamp >= 0
-       AND NOT EXISTS (SELECT FROM hallpass.log_org l WHERE l.org_id = $1 AND l.seq > stamp)
-       AND NOT EXISTS (SELECT FROM hallpass.log_org l
-                       WHERE l.org_id = '00000000-0000-0000-0000-000000000000' AND l.seq > stamp)
-       AND NOT hallpass.has_pending()
+    IF stamp < 0
+       OR EXISTS (SELECT FROM hallpass.log_org
+                  WHERE org_id = '00000000-0000-0000-0000-000000000000' AND seq > stamp)
+       OR hallpass.has_pending()
     THEN
-        -- Reads nothing, but locks: the file stays until the caller's transaction ends. Waits for a plain REFRESH, so
-        -- it comes last.
-        PERFORM FROM public.user_permission_matrix WHERE false;
-        RETURN (SELECT relispopulated AND relfilenode = pg_relation_filenode(oid)
-                FROM pg_class WHERE oid = 'public.user_permission_matrix'::regclass);
+        RETURN '{}';
     END IF;
-    RETURN false;
+    untouched := ARRAY(
+        SELECT DISTINCT asked.id FROM unnest(org_ids) asked (id)
+        WHERE NOT EXISTS (SELECT FROM hallpass.log_org l WHERE l.org_id = asked.id AND l.seq > stamp));
+    RETURN CASE WHEN untouched <> '{}' AND hallpass.matrix_file_is_known() THEN untouched ELSE '{}' END;
+END $$;
+
+CREATE FUNCTION hallpass.matrix_is_true(org_id uuid) RETURNS boolean
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN hallpass.true_in_matrix(ARRAY[org_id]) <> '{}';
 END $$;
 
 -- What hallpass.load returns: first one row that says what holds for all (org_id NULL: the head, whether this is a
@@ -147,16 +161,15 @@ BEGIN
     RETURN header;
 END $$;
 
--- Loads a set of (organization, user) pairs, which must be distinct, in one snapshot: from the matrix where it is
--- the truth and may be believed, else from the view.
-CREATE FUNCTION hallpass.load(org_ids uuid[], user_ids uuid[], believe_matrix boolean) RETURNS SETOF hallpass.loaded
+-- What hallpass.load returns, in the snapshot of the statement that calls it.
+CREATE FUNCTION hallpass.load_in_snapshot(org_ids uuid[], user_ids uuid[], believe_matrix boolean)
+RETURNS SETOF hallpass.loaded
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
     header CONSTANT hallpass.loaded := hallpass.load_header();
     -- A matrix without permissions does not show who is a member.
-    from_matrix CONSTANT uuid[] := CASE WHEN believe_matrix AND header.permission_keys IS NOT NULL THEN ARRAY(
-        SELECT asked.id FROM (SELECT DISTINCT id FROM unnest(org_ids) id) asked WHERE hallpass.matrix_is_true(asked.id)
-    ) ELSE '{}' END;
+    from_matrix CONSTANT uuid[] := CASE WHEN believe_matrix AND header.permission_keys IS NOT NULL
+                                        THEN hallpass.true_in_matrix(org_ids) ELSE '{}' END;
 BEGIN
     RETURN NEXT header;
     IF cardinality(from_matrix) > 0 THEN
@@ -186,6 +199,49 @@ BEGIN
         WHERE asked.org_id <> ALL (from_matrix)
         GROUP BY asked.org_id, asked.user_id;
     END IF;
+END $$;
+
+-- Locks the tables that decisions are made of, so that the next statement's snapshot is younger than the locks.
+--
+-- TRUNCATE empties a table for older snapshots too. A statement that waited for a transaction that truncates and refills
+-- a table would see neither the old rows nor the new ones, and without the row that disables a permission the
+-- permission is granted.
+CREATE PROCEDURE hallpass.lock_against_truncate()
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    LOCK TABLE public.profiles, public.organization_permissions, public.organization_permission_templates,
+               public.permission_roles IN ACCESS SHARE MODE;
+END $$;
+
+-- Loads a set of (organization, user) pairs, which must be distinct, in one snapshot: from the matrix where it is
+-- the truth and may be believed, else from the view. VOLATILE: its second statement has a snapshot of its own.
+CREATE FUNCTION hallpass.load(org_ids uuid[], user_ids uuid[], believe_matrix boolean) RETURNS SETOF hallpass.loaded
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    CALL hallpass.lock_against_truncate();
+    RETURN QUERY SELECT * FROM hallpass.load_in_snapshot(org_ids, user_ids, believe_matrix);
+END $$;
+
+-- One decision and the facts behind it, from the live view, in one snapshot. reason is NULL where the view has no row:
+-- the permission is not known, or the user is no member.
+CREATE FUNCTION hallpass.explain(asked_org_id uuid, asked_user_id uuid, asked_permission_key text)
+RETURNS TABLE (head_seq bigint, head_uid integer, in_recovery boolean, is_known boolean, is_member boolean, role text,
+               role_rank integer, effective_min_role text, min_role_is_override boolean, is_enabled boolean,
+               specific_user boolean, reason text)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    CALL hallpass.lock_against_truncate();
+    RETURN QUERY
+    SELECT h.seq, h.uid, pg_is_in_recovery(), t.permission_key IS NOT NULL, m.org_id IS NOT NULL,
+           coalesce(m.role::text, ''), r.rank, coalesce(e.effective_min_role, t.default_min_role, '')::text,
+           e.min_role_source = 'OVERRIDE', coalesce(e.is_enabled, false), coalesce(e.specific_user, false), e.reason
+    FROM (VALUES (1)) one
+    LEFT JOIN LATERAL (SELECT seq, uid FROM hallpass.log ORDER BY seq DESC LIMIT 1) h ON true
+    LEFT JOIN public.organization_permission_templates t ON t.permission_key = asked_permission_key
+    LEFT JOIN hallpass.members m ON m.org_id = asked_org_id AND m.user_id = asked_user_id
+    LEFT JOIN public.permission_roles r ON r.role_key = m.role
+    LEFT JOIN public.effective_user_permissions e
+           ON e.org_id = asked_org_id AND e.user_id = asked_user_id AND e.permission_key = asked_permission_key;
 END $$;
 
 CALL hallpass.reset_privileges();

@@ -25,6 +25,12 @@ const DEFAULT_MATRIX_REFRESH_INTERVAL: &str = "30s";
 /// As long as a load balancer needs to see that health has changed.
 const DEFAULT_LAME_DUCK: &str = "1s";
 
+/// How long a change can go past disabled triggers unnoticed.
+pub const INSPECTION_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long calls under way may take to end once the service stops.
+pub const DRAIN_MAX: Duration = Duration::from_secs(10);
+
 /// The settings of `hallpass serve` and `hallpass demo`.
 #[derive(Args, Clone, Debug)]
 pub struct ServeSettings {

@@ -372,6 +372,7 @@ impl Client {
 }
 
 /// Asks `probe` until it has a value or an error; `None` when it had neither in time.
+#[expect(clippy::disallowed_methods, reason = "on a thread of its own")]
 fn wait_until<T>(
     wait: Duration,
     mut probe: impl FnMut() -> Result<Option<T>, EmbeddedError>,

@@ -84,9 +84,6 @@ const START_RETRY: Duration = Duration::from_millis(500);
 /// How often health is decided anew.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long calls under way may take to end once the service stops, unless it is told otherwise.
-pub const DRAIN_MAX: Duration = Duration::from_secs(10);
-
 /// A connection whose peer does not answer a ping is closed; so half-open ones do not pile up.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);

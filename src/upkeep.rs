@@ -18,9 +18,6 @@ use crate::{
     store::{DatabaseUrl, DedicatedConnection, Store, StoreError},
 };
 
-/// How long a change can go past disabled triggers unnoticed, unless a service is told otherwise.
-pub const INSPECTION_INTERVAL: Duration = Duration::from_secs(60);
-
 /// How long the database may work on an inspection: it has waited its five seconds for a lock long before.
 const INSPECTION_TIMEOUT: Duration = Duration::from_secs(60);
 

@@ -12,9 +12,8 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::{database::Database, interrupted};
 use crate::{
-    config::{DatabaseSettings, ListenAddress, ServeSettings},
+    config::{DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, ServeSettings},
     server::{self, Config, Listener},
-    upkeep,
 };
 
 /// Serve permission checks until interrupted
@@ -51,9 +50,9 @@ pub(super) async fn serve(
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
-        inspection_interval: upkeep::INSPECTION_INTERVAL,
+        inspection_interval: INSPECTION_INTERVAL,
         lame_duck: settings.lame_duck,
-        drain_max: server::DRAIN_MAX,
+        drain_max: DRAIN_MAX,
     };
     let served = tokio::select! {
         served = server::run(config, listener, on_ready, interrupted) => served.map_err(Into::into),

@@ -380,10 +380,9 @@ impl Launcher {
             self.programs.directory.display()
         );
         let mut arguments: Vec<OsString> = vec!["-D".into(), directory.into()];
-        let username = format!("--username={NAME}");
-        let fixed = ["--encoding=UTF8", "--locale=C", "--auth=trust"];
-        arguments.extend(fixed.map(OsString::from));
-        arguments.extend([username.into(), "--no-instructions".into()]);
+        let fixed = "--encoding=UTF8 --locale=C --auth=trust --no-instructions";
+        arguments.extend(fixed.split(' ').map(OsString::from));
+        arguments.push(format!("--username={NAME}").into());
         let mut child = self.spawn("initdb", directory, &arguments)?;
         let status = wait_until(INITDB_WAIT, || {
             child

@@ -46,16 +46,9 @@ pub struct Explanation {
 }
 
 const EXPLAIN: &str = "
-SELECT h.seq, h.uid, pg_is_in_recovery(), t.permission_key IS NOT NULL, m.org_id IS NOT NULL,
-       coalesce(m.role::text, ''), r.rank, coalesce(e.effective_min_role, t.default_min_role, '')::text,
-       e.min_role_source = 'OVERRIDE', coalesce(e.is_enabled, false), coalesce(e.specific_user, false), e.reason
-FROM (VALUES ($1::uuid, $2::uuid, $3::text)) asked (org_id, user_id, permission_key)
-LEFT JOIN LATERAL (SELECT seq, uid FROM hallpass.log ORDER BY seq DESC LIMIT 1) h ON true
-LEFT JOIN public.organization_permission_templates t ON t.permission_key = asked.permission_key
-LEFT JOIN hallpass.members m ON m.org_id = asked.org_id AND m.user_id = asked.user_id
-LEFT JOIN public.permission_roles r ON r.role_key = m.role
-LEFT JOIN public.effective_user_permissions e
-       ON e.org_id = asked.org_id AND e.user_id = asked.user_id AND e.permission_key = asked.permission_key";
+SELECT head_seq, head_uid, in_recovery, is_known, is_member, role, role_rank, effective_min_role,
+       min_role_is_override, is_enabled, specific_user, reason
+FROM hallpass.explain($1, $2, $3)";
 
 const NEXT_MEMBERS: &str = "
 SELECT org_id, user_id FROM hallpass.members

@@ -30,15 +30,16 @@ INSERT INTO organization_permissions (org_id, permission_key, min_role_required)
     SELECT id('org' || i), 'view', 'admin' FROM generate_series(1, $orgs) i;
 SELECT refresh_permission_materialized_views()";
 
-/// In one statement, hence one snapshot: how many decisions of `hallpass.load` and of the live view are not in the
-/// other, and how many organizations the matrix was believed for. All pairs of an organization and a user are asked.
+/// In one statement, hence one snapshot: how many decisions of `hallpass.load_in_snapshot` (what `hallpass.load` calls
+/// after its locks) and of the live view are not in the other, and how many organizations the matrix was believed for. All
+/// pairs of an organization and a user are asked.
 const COMPARE: &str = "
 WITH asked AS (
     SELECT array_agg(id('org' || i)) AS orgs, array_agg(id('user' || j)) AS users
     FROM generate_series(1, $orgs) i, generate_series(1, $users) j
 ), loaded AS MATERIALIZED (
     SELECT l.org_id, l.user_id, l.role, decided.*
-    FROM asked, hallpass.load(orgs, users, true) l,
+    FROM asked, hallpass.load_in_snapshot(orgs, users, true) l,
          unnest(l.permission_keys, l.reasons, l.min_roles, l.enabled) decided (permission, reason, min_role, enabled)
     WHERE l.org_id IS NOT NULL
 ), live AS MATERIALIZED (
@@ -333,6 +334,8 @@ const CHANGES: [&str; 11] = [
 /// The last two are everything, and would leave nothing to believe if they came as often as the others.
 const CHANGES_OF_ONE: usize = CHANGES.len() - 2;
 
+const LEVELS: [&str; 3] = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"];
+
 struct Session {
     client: Client,
     random: StdRng,
@@ -381,11 +384,15 @@ impl Session {
     }
 
     async fn begin(&mut self) -> bool {
-        let level =
-            ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"][self.random.random_range(0..3)];
-        // The snapshot begins here.
+        let level = LEVELS[self.random.random_range(0..LEVELS.len())];
+        self.begin_at(level).await
+    }
+
+    /// The snapshot of a level that has one begins here.
+    async fn begin_at(&self, level: &str) -> bool {
+        let begin = "BEGIN ISOLATION LEVEL";
         self.run(&format!(
-            "BEGIN ISOLATION LEVEL {level}; SELECT count(*) FROM hallpass.log_org"
+            "{begin} {level}; SELECT count(*) FROM hallpass.log_org"
         ))
         .await
     }
@@ -453,19 +460,19 @@ impl Session {
         }
     }
 
-    /// Compares once, or several times in one transaction, which may have changes of its own.
+    /// Compares in one snapshot, several times: of a transaction, which may have changes of its own.
     async fn check(&mut self, tally: &Tally) {
-        let alone = self.random.random_bool(0.5);
-        if !alone && !self.begin().await {
+        let level = LEVELS[self.random.random_range(1..LEVELS.len())];
+        if !self.begin_at(level).await {
             return;
         }
-        if !alone && self.random.random_bool(0.1) {
+        if self.random.random_bool(0.05) {
             let change = self.change();
             if !self.run(&change).await {
                 return;
             }
         }
-        for _ in 0..if alone { 1 } else { 3 } {
+        for _ in 0..self.random.random_range(1..=3) {
             let compared = self.client.simple_query(&sized(COMPARE, ORGS, USERS)).await;
             let row = match &compared {
                 Ok(messages) => messages.iter().find_map(|message| match message {
@@ -486,13 +493,9 @@ impl Session {
             tally
                 .believed
                 .fetch_add(row.get(1).unwrap().parse().unwrap(), Ordering::Relaxed);
-            if !alone {
-                self.pause(10).await;
-            }
+            self.pause(5).await;
         }
-        if !alone {
-            self.run("ROLLBACK").await;
-        }
+        self.run("ROLLBACK").await;
     }
 }
 

@@ -35,3 +35,4 @@ mod service;
 mod sql;
 mod start_stop;
 mod support;
+mod tidy;

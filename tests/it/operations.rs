@@ -4,8 +4,9 @@
 use std::fmt::{self, Write};
 
 use proptest::{
+    bool::weighted,
     collection::vec,
-    prelude::{BoxedStrategy, Just, Strategy, any, prop_oneof},
+    prelude::{BoxedStrategy, Just, Strategy, prop_oneof},
     sample::select,
 };
 
@@ -44,7 +45,10 @@ const VIEWS: [&str; 2] = ["user_permission_matrix", "org_permission_summary"];
 
 /// Statements of one transaction, and transactions of one case, at most.
 const STATEMENTS_MAX: usize = 6;
-const TRANSACTIONS_MAX: usize = 30;
+const TRANSACTIONS_MAX: usize = 60;
+
+/// After how many of the transactions the decisions are looked at: the cache stays warm from look to look.
+const LOOKS: f64 = 0.3;
 
 /// SQL that goes to the server in one piece.
 pub(crate) type Statement = String;
@@ -123,8 +127,8 @@ impl Transaction {
 
 pub(crate) fn case(server_version: i32) -> impl Strategy<Value = Case> {
     let transaction = prop_oneof![
-        10 => transaction(server_version),
-        5 => alone(server_version),
+        20 => transaction(server_version),
+        10 => alone(server_version),
         1 => old_snapshot(),
     ];
     vec(transaction, 1..TRANSACTIONS_MAX).prop_map(Case)
@@ -132,16 +136,16 @@ pub(crate) fn case(server_version: i32) -> impl Strategy<Value = Case> {
 
 fn transaction(server_version: i32) -> impl Strategy<Value = Transaction> {
     let statement = prop_oneof![
-        20 => change(server_version),
+        40 => change(server_version),
         2 => refresh(),
-        2 => select(&["SET CONSTRAINTS ALL IMMEDIATE", "SET CONSTRAINTS ALL DEFERRED"][..])
+        4 => select(&["SET CONSTRAINTS ALL IMMEDIATE", "SET CONSTRAINTS ALL DEFERRED"][..])
             .prop_map(str::to_owned),
         // Ordinary triggers and foreign keys are off then.
         1 => Just("SET LOCAL session_replication_role = replica".to_owned()),
-        3 => vec(change(server_version), 1..3).prop_map(|inner| {
+        6 => vec(change(server_version), 1..3).prop_map(|inner| {
             format!("SAVEPOINT s;\n{};\nROLLBACK TO s", inner.join(";\n"))
         }),
-        1 => change(server_version).prop_map(|inner| {
+        2 => change(server_version).prop_map(|inner| {
             format!("SAVEPOINT s;\n{inner};\nSET CONSTRAINTS ALL IMMEDIATE;\nROLLBACK TO s")
         }),
         1 => change(server_version)
@@ -150,21 +154,21 @@ fn transaction(server_version: i32) -> impl Strategy<Value = Transaction> {
     (
         select(&ISOLATION[..]),
         vec(statement, 1..=STATEMENTS_MAX),
-        any::<u8>(),
-        any::<bool>(),
+        weighted(0.8),
+        weighted(LOOKS),
     )
-        .prop_map(|(isolation, statements, luck, looks)| Transaction {
+        .prop_map(|(isolation, statements, commits, looks)| Transaction {
             session: Session::Main,
             isolation: Some(isolation),
             statements,
-            commits: luck < 210,
+            commits,
             looks,
         })
 }
 
 fn alone(server_version: i32) -> impl Strategy<Value = Transaction> {
-    let statement = prop_oneof![6 => change(server_version), 1 => refresh()];
-    (vec(statement, 1..=STATEMENTS_MAX), any::<bool>()).prop_map(|(statements, looks)| {
+    let statement = prop_oneof![20 => change(server_version), 1 => refresh()];
+    (vec(statement, 1..=STATEMENTS_MAX), weighted(LOOKS)).prop_map(|(statements, looks)| {
         Transaction {
             session: Session::Main,
             isolation: None,
@@ -232,7 +236,7 @@ ON CONFLICT DO NOTHING"
                 "INSERT INTO profiles (org_id, user_id, role) VALUES ({o}, {u}, {r}), ({o}, {u2}, 'low')
 ON CONFLICT (org_id, user_id) DO UPDATE SET role = excluded.role"
             ),
-            3 if server_version >= 150_000 => format!(
+            3 if server_version >= 150_000 && (o, u) != (o2, u2) => format!(
                 "MERGE INTO profiles p USING (VALUES ({o}::uuid, {u}::uuid), ({o2}, {u2})) v (o, u)
 ON p.org_id = v.o AND p.user_id = v.u
 WHEN MATCHED AND p.role = 'high' THEN DELETE

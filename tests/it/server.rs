@@ -7,8 +7,8 @@ use std::{
 };
 
 use hallpass::{
+    config,
     server::{self, Config, Listener, ServeError},
-    upkeep,
 };
 use hallpass_client::{
     tonic::{IntoRequest, Status, transport::Channel},
@@ -68,9 +68,9 @@ pub(crate) fn config(url: &str) -> Config {
         cache_capacity: 100_000,
         warm_up_max: Duration::from_secs(10),
         matrix_refresh_interval: Duration::from_secs(30),
-        inspection_interval: upkeep::INSPECTION_INTERVAL,
+        inspection_interval: config::INSPECTION_INTERVAL,
         lame_duck: Duration::ZERO,
-        drain_max: server::DRAIN_MAX,
+        drain_max: config::DRAIN_MAX,
     }
 }
 

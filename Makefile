@@ -1,0 +1,68 @@
+# What one types to build, try and check hallpass; `make` lists it.
+
+CARGO = cargo
+BUF = tools/node_modules/.bin/buf
+IMAGE = proto/hallpass.v1.binpb
+SCRIPTS = .ci/run tools/*.sh
+
+# A rustup that was installed a minute ago is not on PATH yet.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+# rustup looks for its toolchains under HOME. Where HOME has none, take those beside the cargo that PATH names.
+ifeq ($(RUSTUP_HOME)$(wildcard $(HOME)/.rustup/toolchains),)
+cargo_on_path := $(firstword $(wildcard $(addsuffix /cargo,$(subst :, ,$(PATH)))))
+ifneq ($(wildcard $(dir $(cargo_on_path))../../.rustup/toolchains),)
+export RUSTUP_HOME := $(abspath $(dir $(cargo_on_path))../../.rustup)
+endif
+endif
+
+.PHONY: help demo test lint lint-rust lint-proto lint-scripts freeze mutants figures
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: ## serve a made-up district from a private PostgreSQL, with commands to paste
+	@tools/prerequisites.sh rust cc postgresql psql
+	@echo 'building hallpass; the first time takes some minutes'
+	@$(CARGO) build --release --locked --quiet --bin hallpass
+	@$(CARGO) run --release --locked --quiet --bin hallpass -- demo
+
+test: ## run all tests, on a PostgreSQL of their own
+	@tools/prerequisites.sh rust cc postgresql
+	$(CARGO) test --workspace --locked
+
+lint: lint-rust lint-proto lint-scripts ## check formatting, lints, documentation, the contract and the scripts
+
+lint-rust:
+	@tools/prerequisites.sh rust rust-lints cc
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
+
+# Against the frozen image: nothing that callers rely on has changed, and what is new is frozen with it.
+lint-proto: $(BUF)
+	$(BUF) lint
+	$(BUF) breaking --against $(IMAGE)
+	@$(BUF) build --exclude-source-info -o - | cmp -s - $(IMAGE) \
+		|| { echo '$(IMAGE) is not of these protos: run `make freeze` and commit it' >&2; exit 1; }
+
+lint-scripts:
+	@tools/prerequisites.sh shellcheck
+	shellcheck $(SCRIPTS)
+
+freeze: $(BUF) ## freeze what was added to the contract, so that it can never change
+	$(BUF) breaking --against $(IMAGE)
+	$(BUF) build --exclude-source-info -o $(IMAGE)
+
+$(BUF): tools/package.json tools/package-lock.json
+	@tools/prerequisites.sh npm
+	npm ci --prefix tools --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
+
+mutants: ## take out one safety check after the other and see the tests fail
+	@tools/prerequisites.sh rust cc postgresql
+	@tools/mutants.sh $(ONLY)
+
+figures: ## measure, and print the figures
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) bench --locked --bench figures

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     config::{DatabaseSettings, ListenAddress, ServeSettings},
+    server::Listener,
     store::{
         DedicatedConnection,
         demo::{DemoMember, DemoOrganization, DemoOverride},
@@ -39,7 +40,12 @@ impl Demo {
         let listener = bind(&self.settings.grpc_listen).await?;
         let database = Database::open_migrated(&self.database).await?;
         let sample = load(&database).await?;
-        let guide = guide(&self.settings.grpc_listen, &database, &sample);
+        // Port 0 was to be chosen by the system: the commands name the one that it chose.
+        let address = match &listener {
+            Listener::Tcp(listener) => ListenAddress::Tcp(listener.local_addr()?),
+            Listener::Unix(_) => self.settings.grpc_listen.clone(),
+        };
+        let guide = guide(&address, &database, &sample);
         serve(
             database,
             &self.settings,

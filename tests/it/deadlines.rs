@@ -17,22 +17,22 @@ const DEADLINE_MAX: Duration = Duration::from_secs(2);
 
 const PROMPT: Duration = Duration::from_secs(4);
 
-const SOMEBODY_WAITS: &str = "
+const WAITING: &str = "
 SELECT count(*)::integer FROM pg_stat_activity
 WHERE datname = current_database() AND wait_event_type = 'Lock'";
 
-/// A lock that keeps everybody from reading memberships, until it is released or dropped.
-pub(crate) struct MembershipsLock {
+/// A lock that keeps everybody from reading a table, until it is released or dropped.
+pub(crate) struct TableLock {
     /// Its connection ends with it, and the lock with the connection.
     _holder: Client,
     observer: Client,
 }
 
-impl MembershipsLock {
-    pub(crate) async fn take(database: &Database) -> Self {
+impl TableLock {
+    pub(crate) async fn take(database: &Database, table: &str) -> Self {
         let holder = database.client().await;
-        let lock = "BEGIN; LOCK TABLE public.profiles IN ACCESS EXCLUSIVE MODE";
-        holder.batch_execute(lock).await.unwrap();
+        let lock = format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE");
+        holder.batch_execute(&lock).await.unwrap();
         Self {
             _holder: holder,
             observer: database.client().await,
@@ -41,16 +41,12 @@ impl MembershipsLock {
 
     pub(crate) fn release(self) {}
 
-    pub(crate) async fn until_somebody_waits(&self) {
-        eventually("a statement waits for the lock", async || {
-            self.waiting().await > 0
+    pub(crate) async fn until_waiting(&self, statements: i32) {
+        eventually("statements wait for the lock", async || {
+            let row = self.observer.query_one(WAITING, &[]).await;
+            row.unwrap().get::<_, i32>(0) >= statements
         })
         .await;
-    }
-
-    async fn waiting(&self) -> i32 {
-        let row = self.observer.query_one(SOMEBODY_WAITS, &[]).await;
-        row.unwrap().get(0)
     }
 }
 
@@ -60,7 +56,7 @@ async fn a_caller_s_deadline_is_kept_and_costs_nobody_else() {
     let client = database.client().await;
     fill(&client).await;
     let server = Server::start(config(&database.url)).await;
-    let lock = MembershipsLock::take(&database).await;
+    let lock = TableLock::take(&database, "public.profiles").await;
     for explain in [false, true] {
         // The matrix could answer other questions: it is not locked.
         let mut asked = now(question("lincoln", "stranger", APPROVE));
@@ -95,7 +91,7 @@ async fn callers_who_leave_cancel_nothing_for_those_who_stay() {
     fill(&client).await;
     let server = Server::start(config(&database.url)).await;
     set_role(&client, "lincoln", "eve", "board_member").await;
-    let lock = MembershipsLock::take(&database).await;
+    let lock = TableLock::take(&database, "public.profiles").await;
     let callers: Vec<_> = (0..40)
         .map(|index| {
             let user = match index % 4 {
@@ -106,7 +102,7 @@ async fn callers_who_leave_cancel_nothing_for_those_who_stay() {
             tokio::spawn(async move { client.check_permission(asked).await })
         })
         .collect();
-    lock.until_somebody_waits().await;
+    lock.until_waiting(1).await;
     for leaver in callers.iter().step_by(2) {
         leaver.abort();
     }

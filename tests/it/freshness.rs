@@ -7,7 +7,8 @@ use hallpass_client::v1::{
 };
 
 use crate::{
-    database::Database,
+    database::{Database, eventually},
+    deadlines::TableLock,
     names::id,
     server::{
         APPROVE, Answer, MEMBERS, ORGANIZATIONS, Server, config, fill, head, question, run_sql,
@@ -83,6 +84,44 @@ async fn fully_consistent_answers_have_every_commit_before_the_call() {
         assert!(answer.seq() >= head(&client).await, "round {round}");
         assert_eq!(answer.staleness(), Duration::ZERO);
     }
+    server.stop().await;
+}
+
+/// A statement that is on its way since before the commit is not joined, and what it finds is not remembered.
+#[tokio::test]
+async fn a_fully_consistent_answer_is_no_older_statement_s() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let server = Server::start(config(&database.url)).await;
+    set_role(&client, "lincoln", "eve", "board_member").await;
+    server.catch_up(&client).await;
+    // Loads read the catalog first: they have their snapshot and wait.
+    let lock = TableLock::take(&database, "public.organization_permission_templates").await;
+    let ((), older, now) = tokio::join!(
+        async {
+            lock.until_waiting(1).await;
+            set_role(&client, "lincoln", "eve", "volunteer").await;
+            lock.until_waiting(2).await;
+            lock.release();
+        },
+        server.check("lincoln", "eve", APPROVE),
+        async {
+            eventually("the change is committed", async || {
+                let role = "SELECT role FROM public.profiles WHERE user_id = $1";
+                let row = client.query_one(role, &[&id("eve")]).await;
+                row.unwrap().get::<_, &str>(0) == "volunteer"
+            })
+            .await;
+            server.check_now("lincoln", "eve", APPROVE).await
+        },
+    );
+    assert_eq!(older.said, "allow GRANTED_BY_ROLE", "{older}");
+    assert_eq!(now.said, "deny ROLE_TOO_LOW", "{now}");
+    assert!(older.seq() < now.seq());
+    server.catch_up(&client).await;
+    let cached = server.check("lincoln", "eve", APPROVE).await;
+    assert_eq!(cached.said, "deny ROLE_TOO_LOW", "{cached}");
     server.stop().await;
 }
 

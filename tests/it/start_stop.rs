@@ -15,7 +15,7 @@ use tonic_types::StatusExt;
 
 use crate::{
     database::Database,
-    deadlines::MembershipsLock,
+    deadlines::TableLock,
     proxy::{Proxy, Way},
     server::{APPROVE, Server, config, fill, question, within},
     support,
@@ -131,14 +131,14 @@ async fn a_stop_is_announced_and_calls_under_way_are_answered() {
     let mut statuses = watch(&server).await;
     assert_eq!(statuses().await, Some(ServingStatus::Serving));
 
-    let lock = MembershipsLock::take(&database).await;
+    let lock = TableLock::take(&database, "public.profiles").await;
     let under_way = {
         let client = server.client();
         let mut asked = question("lincoln", "bob", APPROVE);
         asked.explain = true;
         tokio::spawn(async move { client.clone().check_permission(asked).await })
     };
-    lock.until_somebody_waits().await;
+    lock.until_waiting(1).await;
     server.begin_stop();
     assert_eq!(statuses().await, Some(ServingStatus::NotServing));
     // Lame: callers who have not noticed are answered.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use hallpass::server::Config;
 use hallpass_client::v1::{
     BatchCheckPermissionsItem, BatchCheckPermissionsRequest, Explanation, MinRoleSource, Source,
 };
@@ -122,6 +123,31 @@ async fn a_fully_consistent_answer_is_no_older_statement_s() {
     server.catch_up(&client).await;
     let cached = server.check("lincoln", "eve", APPROVE).await;
     assert_eq!(cached.said, "deny ROLE_TOO_LOW", "{cached}");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_load_that_was_sent_before_the_bound_is_not_joined() {
+    let database = Database::create().await;
+    let server = Server::start(Config {
+        staleness_bound: Duration::ZERO,
+        ..config(&database.url)
+    })
+    .await;
+    let lock = TableLock::take(&database, "public.permission_roles").await;
+    let ask = || {
+        let mut client = server.client();
+        let question = question("lincoln", "eve", APPROVE);
+        tokio::spawn(async move { client.check_permission(question).await })
+    };
+    let first = ask();
+    lock.until_waiting(1).await;
+    let second = ask();
+    lock.until_waiting(2).await;
+    lock.release();
+    first.await.unwrap().unwrap();
+    let second = Answer::from(second.await.unwrap().unwrap().into_inner());
+    assert_eq!(second.staleness(), Duration::ZERO);
     server.stop().await;
 }
 

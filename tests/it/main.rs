@@ -33,6 +33,7 @@ mod scenarios;
 mod server;
 mod service;
 mod sql;
+mod standby;
 mod start_stop;
 mod support;
 mod tidy;

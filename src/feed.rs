@@ -130,7 +130,11 @@ pub async fn follow(url: DatabaseUrl, cache: Arc<Cache>, progress: Arc<Progress>
     loop {
         let started = BootTime::now();
         let Err(error) = feed.follow_connection(&url).await;
-        if feed.is_up {
+        if let StoreError::Wrong(_) = error {
+            // A defect, or tampering, which does not go away by itself: said as long as it is there.
+            tracing::error!(%error, "cannot follow the log");
+            feed.is_up = false;
+        } else if feed.is_up {
             tracing::warn!(%error, "lost the log; cached answers end when their staleness does");
             feed.is_up = false;
         }

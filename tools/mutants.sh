@@ -62,10 +62,11 @@ for patch in "$root"/tests/mutants/*.patch; do
 done
 [ ${#patches[@]} -gt 0 ] || { echo "no patch is named like: $*" >&2; exit 1; }
 
-# Files get the present time, so that cargo builds what they say now.
+# What is committed or changed since. Files get the present time, so that cargo builds what they say now.
 rm -rf "$tree"
 mkdir -p "$tree"
-git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf - | tar -xmf - -C "$tree"
+snapshot=$(git stash create)
+git archive "${snapshot:-HEAD}" | tar -xmf - -C "$tree"
 
 bad=0
 known_good=''

@@ -68,17 +68,27 @@ impl From<tokio_postgres::Error> for StoreError {
                 Self::Unavailable(message)
             }
             Some(_) => Self::Wrong(message),
-            None if OUR_MISTAKES.iter().any(|kind| message.starts_with(kind)) => {
-                Self::Refused(message)
+            None if REFUSALS.iter().any(|kind| message.starts_with(kind)) => Self::Refused(message),
+            None if ABSENCES.iter().any(|kind| message.starts_with(kind)) => {
+                Self::Unavailable(message)
             }
-            None => Self::Unavailable(message),
+            None => Self::Wrong(message),
         }
     }
 }
 
 /// How tokio-postgres begins the errors that come of what the URL says or leaves out (a password that the server asks
 /// for, a mechanism that it does not know); it shows their kind in no other way.
-const OUR_MISTAKES: [&str; 2] = ["invalid configuration", "authentication error"];
+const REFUSALS: [&str; 2] = ["invalid configuration", "authentication error"];
+
+/// How it begins those of a database that is away. What is left are statements and answers that do not fit.
+const ABSENCES: [&str; 5] = [
+    "error communicating with the server",
+    "error connecting to server",
+    "error performing TLS handshake",
+    "connection closed",
+    "timeout waiting for server",
+];
 
 /// The error's own message and its causes, on one line.
 fn describe(error: &tokio_postgres::Error) -> String {

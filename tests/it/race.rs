@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -157,6 +157,56 @@ fn a_forgotten_organization_still_refuses_loads_older_than_its_change() {
         cache.epoch(),
     );
     assert!(cache.get(&asked).is_none());
+}
+
+/// One subject changes all the time, and whoever looks, right after a removal or right after an insert, finds no entry
+/// that is older than what was applied before.
+#[test]
+fn no_load_slips_past_a_removal_under_stress() {
+    const CHANGES: i64 = 300_000;
+    const LOADERS: usize = 2;
+    let (cache, asked) = (cache(), subject(1, 1));
+    let (committed, applied) = (AtomicI64::new(START), AtomicI64::new(START));
+    let stopped = AtomicBool::new(false);
+    let remembered = AtomicU64::new(0);
+    let look = || {
+        let applied = applied.load(Ordering::Acquire);
+        if let Some(entry) = cache.get(&asked) {
+            remembered.fetch_add(1, Ordering::Relaxed);
+            let head = entry.head.seq;
+            if head < applied {
+                stopped.store(true, Ordering::Release);
+                panic!("{applied} is applied, and here is an entry from {head}");
+            }
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for seq in START + 1..=START + CHANGES {
+                committed.store(seq, Ordering::Release);
+                cache.apply(seq, &Change::Subject(asked));
+                applied.store(seq, Ordering::Release);
+                look();
+                if stopped.load(Ordering::Acquire) {
+                    return;
+                }
+            }
+            stopped.store(true, Ordering::Release);
+        });
+        for _ in 0..LOADERS {
+            scope.spawn(|| {
+                while !stopped.load(Ordering::Acquire) {
+                    let epoch = cache.epoch();
+                    let head = committed.load(Ordering::Acquire);
+                    let found = found_at(head);
+                    cache.insert(asked, found, at(head), epoch);
+                    look();
+                }
+            });
+        }
+    });
+    let remembered = remembered.load(Ordering::Relaxed);
+    assert!(remembered > 100, "only {remembered} entries were seen");
 }
 
 /// Subjects of the stress run, all in one organization, so in one stripe.

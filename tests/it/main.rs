@@ -14,6 +14,7 @@ mod database;
 mod deadlines;
 mod embedded;
 mod executors;
+mod feed;
 mod freshness;
 mod inspect;
 mod limits;

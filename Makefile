@@ -16,6 +16,11 @@ export RUSTUP_HOME := $(abspath $(dir $(cargo_on_path))../../.rustup)
 endif
 endif
 
+# npm trusts what the machine trusts, a company's own authority too.
+ifeq ($(NODE_EXTRA_CA_CERTS),)
+export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
+endif
+
 .PHONY: help demo test lint lint-rust lint-proto lint-scripts freeze mutants figures
 
 help: ## list the targets
@@ -56,7 +61,7 @@ freeze: $(BUF) ## freeze what was added to the contract, so that it can never ch
 
 $(BUF): tools/package.json tools/package-lock.json
 	@tools/prerequisites.sh npm
-	npm ci --prefix tools --ignore-scripts --no-audit --no-fund --loglevel=error
+	npm ci --prefix tools --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error
 	@touch $@
 
 mutants: ## take out one safety check after the other and see the tests fail

@@ -4,6 +4,7 @@ use std::{
     io,
     os::unix::{fs::FileTypeExt, net::UnixStream},
     path::Path,
+    pin::pin,
     process::ExitCode,
 };
 
@@ -28,15 +29,19 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
-        let interrupted = interrupted()?;
+        let mut interrupted = pin!(interrupted()?);
         // A port that is taken is the commonest mistake: found before a database is started.
         let listener = bind(&self.settings.grpc_listen).await?;
-        let database = Database::open_migrated(&self.database).await?;
+        let database = tokio::select! {
+            database = Database::open_migrated(&self.database) => database?,
+            () = &mut interrupted => return Ok(ExitCode::SUCCESS),
+        };
         serve(database, &self.settings, listener, || (), interrupted).await
     }
 }
 
-/// Serves until interrupted, calls `on_ready` when the first answer can be given, then stops the private database if there is one.
+/// Serves until interrupted, calls `on_ready` when the first answer can be given, then stops the private database if
+/// there is one.
 pub(super) async fn serve(
     database: Database,
     settings: &ServeSettings,

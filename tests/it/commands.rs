@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// What no command here should take.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 const ALLOW: i32 = 0;
 const DENY: i32 = 1;

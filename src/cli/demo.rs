@@ -159,14 +159,14 @@ Paste into another terminal:
 1. A board member of {name} may approve expenses:
 {ask} {organization} {board_member} {SAMPLE_PERMISSION}
 
-2. A volunteer may not:
+2. A volunteer may not (add --explain for the facts behind it):
 {ask} {organization} {volunteer} {SAMPLE_PERMISSION}
 
 3. Promote the volunteer as the application would, in SQL, and ask again:
 {psql} -c \"UPDATE profiles SET role = 'board_member' WHERE org_id = '{organization}' AND user_id = '{volunteer}'\"
 {ask} {organization} {volunteer} {SAMPLE_PERMISSION}
 
-`--explain` shows the facts behind a decision. Ctrl-C stops the demo; the data stays.",
+Ctrl-C stops it; the data stays.",
         members = ORGANIZATIONS * MEMBERS_AN_ORGANIZATION
     )
 }

@@ -10,7 +10,7 @@ use crate::{
     feed::Progress,
     loader::{Join, Load, LoadError, Loader},
     model::{BootTime, Position, Reason, Subject, SubjectPermissions},
-    store::{Store, load::Explanation},
+    store::{Store, StoreError, load::Explanation},
 };
 
 /// How fresh an answer must be.
@@ -149,21 +149,35 @@ impl Checker {
         permission: &str,
         arrived: BootTime,
     ) -> Result<(Explanation, Evidence), LoadError> {
-        let sent_at = BootTime::now();
         let (store, permission) = (Arc::clone(&self.store), permission.to_owned());
+        self.read(arrived, async move {
+            let explanation = store.explain(subject, &permission).await?;
+            Ok((explanation.head, explanation))
+        })
+        .await
+    }
+
+    /// What the cache does not hold, read from the database; the query says the head of its snapshot.
+    ///
+    /// # Errors
+    /// When the database cannot be asked.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        arrived: BootTime,
+        query: impl Future<Output = Result<(Position, T), StoreError>> + Send + 'static,
+    ) -> Result<(T, Evidence), LoadError> {
+        let sent_at = BootTime::now();
         // A task of its own: a caller who goes away must not leave a connection with half a question.
-        let explained = tokio::spawn(async move { store.explain(subject, &permission).await });
-        let explanation = match explained.await {
-            Ok(Ok(explanation)) => explanation,
+        let (head, answer) = match tokio::spawn(query).await {
+            Ok(Ok(read)) => read,
             Ok(Err(error)) => {
-                tracing::warn!(%error, "a decision was not explained");
+                tracing::warn!(%error, "a question has no answer");
                 return Err(LoadError::Unavailable);
             }
             Err(_panic) => return Err(LoadError::Unavailable),
         };
-        self.progress.observe(explanation.head);
-        let evidence = from_database(explanation.head, sent_at, arrived);
-        Ok((explanation, evidence))
+        self.progress.observe(head);
+        Ok((answer, from_database(head, sent_at, arrived)))
     }
 
     /// The cached answer, if one may be given.

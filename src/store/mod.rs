@@ -4,6 +4,7 @@
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
 pub mod demo;
+pub mod lists;
 pub mod load;
 pub mod log;
 pub mod migrations;
@@ -16,7 +17,7 @@ use deadpool_postgres::{
     Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
 };
 use thiserror::Error;
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 use tokio_postgres::{
     Client, Config, Connection, NoTls, Row, Socket, config::TargetSessionAttrs, error::SqlState,
     tls::NoTlsStream, types::ToSql,
@@ -186,7 +187,10 @@ async fn connect(config: &Config) -> Result<(Client, Connection<Socket, NoTlsStr
 /// Connections that answer misses. More would not help: a load is CPU of the database, and misses share statements.
 pub const POOL_SIZE: usize = 8;
 
-/// How long a miss waits for a connection of the pool.
+/// Lists under way at once. Half the pool: however long they take, misses find a connection.
+const LISTS_MAX: usize = POOL_SIZE / 2;
+
+/// How long a miss waits for a connection of the pool, and a list for its turn.
 const POOL_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// How long the database may work on one load.
@@ -198,6 +202,7 @@ const ANSWER_WAIT_MAX: Duration = Duration::from_secs(6);
 /// The database as the data path sees it: a pool of connections with a limit on every statement.
 pub struct Store {
     pool: Pool,
+    lists: Semaphore,
     /// The catalog that was decoded last, shared by all entries while it does not change.
     catalog: ArcSwap<crate::model::Catalog>,
 }
@@ -225,6 +230,7 @@ impl Store {
             .map_err(|error| StoreError::Wrong(error.to_string()))?;
         Ok(Self {
             pool,
+            lists: Semaphore::new(LISTS_MAX),
             catalog: ArcSwap::default(),
         })
     }

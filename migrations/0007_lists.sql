@@ -77,7 +77,8 @@ RETURNS TABLE (head_seq bigint, head_uid integer, in_recovery boolean, org_id uu
                committee_lead_permissions integer, volunteer_permissions integer, last_permission_update timestamptz)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
-    counts public.org_permission_summary%ROWTYPE;
+    -- Not the view's row type: looking that up waits for a REFRESH that holds the view.
+    counts record;
 BEGIN
     IF believe_summary AND hallpass.summary_is_true(asked_org_id) THEN
         SELECT s.* INTO counts FROM public.org_permission_summary s WHERE s.org_id = asked_org_id;
@@ -87,21 +88,18 @@ BEGIN
             JOIN public.organization_permission_templates t ON t.permission_key = p.permission_key
             WHERE p.org_id = asked_org_id);
     ELSE
-        SELECT o.id,
-               o.name,
-               count(t.permission_key),
-               count(p.permission_key),
-               count(*) FILTER (WHERE p.permission_key IS NOT NULL AND enabled),
-               count(*) FILTER (WHERE NOT enabled),
-               count(*) FILTER (WHERE enabled AND min_role = 'admin'),
-               count(*) FILTER (WHERE enabled AND min_role = 'board_member'),
-               count(*) FILTER (WHERE enabled AND min_role = 'committee_lead'),
-               count(*) FILTER (WHERE enabled AND min_role = 'volunteer'),
-               max(p.updated_at)
-        INTO counts.org_id, counts.org_name, counts.total_available_permissions, counts.total_custom_permissions,
-             counts.enabled_custom_permissions, counts.disabled_custom_permissions, counts.admin_only_permissions,
-             counts.board_member_permissions, counts.committee_lead_permissions, counts.volunteer_permissions,
-             counts.last_permission_update
+        SELECT o.id AS org_id,
+               o.name AS org_name,
+               count(t.permission_key) AS total_available_permissions,
+               count(p.permission_key) AS total_custom_permissions,
+               count(*) FILTER (WHERE p.permission_key IS NOT NULL AND enabled) AS enabled_custom_permissions,
+               count(*) FILTER (WHERE NOT enabled) AS disabled_custom_permissions,
+               count(*) FILTER (WHERE enabled AND min_role = 'admin') AS admin_only_permissions,
+               count(*) FILTER (WHERE enabled AND min_role = 'board_member') AS board_member_permissions,
+               count(*) FILTER (WHERE enabled AND min_role = 'committee_lead') AS committee_lead_permissions,
+               count(*) FILTER (WHERE enabled AND min_role = 'volunteer') AS volunteer_permissions,
+               max(p.updated_at) AS last_permission_update
+        INTO counts
         FROM public.organizations o
         LEFT JOIN public.organization_permission_templates t ON true
         LEFT JOIN public.organization_permissions p ON p.org_id = o.id AND p.permission_key = t.permission_key

@@ -17,7 +17,7 @@ const DEADLINE_MAX: Duration = Duration::from_secs(2);
 
 const PROMPT: Duration = Duration::from_secs(4);
 
-const WAITING: &str = "
+pub(crate) const WAITING: &str = "
 SELECT count(*)::integer FROM pg_stat_activity
 WHERE datname = current_database() AND wait_event_type = 'Lock'";
 

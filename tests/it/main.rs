@@ -17,6 +17,7 @@ mod executors;
 mod freshness;
 mod inspect;
 mod limits;
+mod lists;
 mod log;
 mod matrix;
 mod migrate;

@@ -5,12 +5,14 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
+use tokio::{sync::Semaphore, time::timeout};
+
 use crate::{
     cache::{Cache, Entry},
     feed::Progress,
     loader::{Join, Load, LoadError, Loader},
     model::{BootTime, Position, Reason, Subject, SubjectPermissions},
-    store::{Store, StoreError, load::Explanation},
+    store::{POOL_SIZE, Store, StoreError, load::Explanation},
 };
 
 /// How fresh an answer must be.
@@ -81,9 +83,34 @@ pub struct Checker {
     pub loader: Loader,
     pub store: Arc<Store>,
     pub staleness_bound: Duration,
+    reads: Arc<Semaphore>,
 }
 
+/// Explained checks, lists and counts at once: people ask for them, and half of the pool is left to misses.
+const READS_MAX: usize = POOL_SIZE / 2;
+
+/// How long one of these waits for its turn.
+const READ_WAIT_MAX: Duration = Duration::from_secs(1);
+
 impl Checker {
+    #[must_use]
+    pub fn new(
+        cache: Arc<Cache>,
+        progress: Arc<Progress>,
+        loader: Loader,
+        store: Arc<Store>,
+        staleness_bound: Duration,
+    ) -> Self {
+        Self {
+            cache,
+            progress,
+            loader,
+            store,
+            staleness_bound,
+            reads: Arc::new(Semaphore::new(READS_MAX)),
+        }
+    }
+
     /// Everything that is decided for one subject.
     ///
     /// # Errors
@@ -160,15 +187,25 @@ impl Checker {
     /// What the cache does not hold, read from the database; the query says the head of its snapshot.
     ///
     /// # Errors
-    /// When the database cannot be asked.
+    /// When the database cannot be asked, or too many reads are under way.
     pub async fn read<T: Send + 'static>(
         &self,
         arrived: BootTime,
         query: impl Future<Output = Result<(Position, T), StoreError>> + Send + 'static,
     ) -> Result<(T, Evidence), LoadError> {
+        let turn = timeout(READ_WAIT_MAX, Arc::clone(&self.reads).acquire_owned());
+        let Ok(Ok(turn)) = turn.await else {
+            return Err(LoadError::Overloaded);
+        };
         let sent_at = BootTime::now();
-        // A task of its own: a caller who goes away must not leave a connection with half a question.
-        let (head, answer) = match tokio::spawn(query).await {
+        // A task of its own: a caller who goes away must not leave a connection with half a question. The turn ends
+        // with the question, not with the caller.
+        let asked = tokio::spawn(async move {
+            let answer = query.await;
+            drop(turn);
+            answer
+        });
+        let (head, answer) = match asked.await {
             Ok(Ok(read)) => read,
             Ok(Err(error)) => {
                 tracing::warn!(%error, "a question has no answer");

@@ -1,16 +1,14 @@
 //! What PostgreSQL lists beside decisions: who holds a permission, where a user is a member, an organization's counts.
 //!
-//! Each answer is one statement, hence one snapshot, and says that snapshot's head. Invariant: lists never take so
-//! many connections that checks find none.
+//! Invariant: an answer is one statement, hence one snapshot, and says that snapshot's head.
 
 use std::time::SystemTime;
 
-use tokio::time::timeout;
-use tokio_postgres::{Row, types::ToSql};
+use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::{
-    POOL_WAIT_MAX, Store, StoreError,
+    Store, StoreError,
     load::{ReadFrom, decode_head, decode_reason, refuse_standby},
 };
 use crate::model::{OrganizationId, Position, Reason, UserId};
@@ -88,7 +86,7 @@ impl Store {
     ) -> Result<Page<Holder>, StoreError> {
         let limit = bounds.row_limit();
         let rows = self
-            .query_list(
+            .query(
                 PERMISSION_HOLDERS,
                 &[&organization.0, &permission, &bounds.first, &limit],
             )
@@ -113,7 +111,7 @@ impl Store {
     ) -> Result<Page<UserOrganization>, StoreError> {
         let limit = bounds.row_limit();
         let rows = self
-            .query_list(USER_ORGANIZATIONS, &[&user.0, &bounds.first, &limit])
+            .query(USER_ORGANIZATIONS, &[&user.0, &bounds.first, &limit])
             .await?;
         decode_page(&rows, bounds, |row| {
             Ok(UserOrganization {
@@ -134,7 +132,7 @@ impl Store {
     ) -> Result<(Position, Option<OrganizationSummary>), StoreError> {
         let believe_summary = from == ReadFrom::MatrixOrView;
         let rows = self
-            .query_list(ORGANIZATION_SUMMARY, &[&organization.0, &believe_summary])
+            .query(ORGANIZATION_SUMMARY, &[&organization.0, &believe_summary])
             .await?;
         let (head, row) = decode_first(&rows)?;
         if row.try_get::<_, Option<Uuid>>(3)?.is_none() {
@@ -153,18 +151,6 @@ impl Store {
             last_permission_update: row.try_get(13)?,
         };
         Ok((head, Some(summary)))
-    }
-
-    /// Waits for its turn among the lists, then runs the statement.
-    async fn query_list(
-        &self,
-        sql: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, StoreError> {
-        let _turn = timeout(POOL_WAIT_MAX, self.lists.acquire())
-            .await
-            .map_err(|_| StoreError::Unavailable(format!("no turn within {POOL_WAIT_MAX:?}")))?;
-        self.query(sql, parameters).await
     }
 }
 

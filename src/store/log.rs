@@ -52,7 +52,7 @@ pub struct Page {
 /// Entries first, then each one's rows, each limited: a page costs the same in the middle of a large entry. An entry
 /// that touches everything needs none of its rows. Of an override, `users` are those whose mention changed, when
 /// nothing else did; a list of lists, which PostgreSQL allows and nobody means, is not taken apart.
-const READ_PAGE: &str = "
+pub const READ_PAGE: &str = "
 SELECT pg_is_in_recovery(),
        $1::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $1 AND uid = $2::integer),
        page.seq, page.uid, page.everything, page.n, page.org_id, page.affected_user_id, page.users
@@ -206,11 +206,11 @@ fn read_row(row: &Row, page: &mut Page) -> Result<(), StoreError> {
     let Some(seq) = row.try_get::<_, Option<i64>>(2)? else {
         return Ok(());
     };
-    // Rows of an entry without audit rows (they may have been removed) have no number.
+    // An entry without audit rows has no number: retention has removed them, and what they said is not known.
     let n: Option<i32> = row.try_get(5)?;
     page.next.entry = load::decode_head(row, 2)?;
     page.next.row = n.unwrap_or(Cursor::WHOLE);
-    if row.try_get::<_, Option<bool>>(4)?.unwrap_or(false) {
+    if n.is_none() || row.try_get::<_, Option<bool>>(4)?.unwrap_or(true) {
         page.changes.push((seq, Change::Everything));
         return Ok(());
     }

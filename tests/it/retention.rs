@@ -170,6 +170,30 @@ async fn this_months_partition_waits_for_writers_but_not_long() {
     assert_eq!(lines(&client, MONTHS).await, ["1", "2"]);
 }
 
+/// One who waits for DEFAULT would fail if DEFAULT no longer took this month's rows by the time it is free.
+#[tokio::test]
+async fn no_writer_loses_default_while_it_waits_for_it() {
+    let (database, client) = create().await;
+    run(&client, DROP_MONTHS).await;
+    let writer = database.client().await;
+    let (holder, waiter) = (pid(&client).await, pid(&writer).await);
+    run(
+        &client,
+        "BEGIN; LOCK TABLE hallpass.permission_audit_log_default IN ACCESS EXCLUSIVE MODE",
+    )
+    .await;
+    let written = tokio::spawn(async move {
+        run(&writer, "INSERT INTO permission_roles VALUES ('chair', 9)").await;
+    });
+    let watcher = database.client().await;
+    wait_until_blocked(&watcher, waiter, holder).await;
+    let error = client.batch_execute(MAKE).await.unwrap_err();
+    assert_eq!(sqlstate(&error), "55P03");
+    run(&client, "ROLLBACK").await;
+    written.await.unwrap();
+    assert_eq!(value(&client, ROWS_IN_DEFAULT).await, "1");
+}
+
 #[tokio::test]
 async fn cleanup_removes_what_is_older_and_keeps_what_others_stand_on() {
     const LOG: &str = "SELECT string_agg(seq::text, ' ' ORDER BY seq) FROM hallpass.log";

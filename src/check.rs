@@ -5,12 +5,14 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
+use tokio::{sync::Semaphore, time::timeout};
+
 use crate::{
     cache::{Cache, Entry},
     feed::Progress,
     loader::{Join, Load, LoadError, Loader},
     model::{BootTime, Position, Reason, Subject, SubjectPermissions},
-    store::{Store, load::Explanation},
+    store::{POOL_SIZE, Store, load::Explanation},
 };
 
 /// How fresh an answer must be.
@@ -81,9 +83,34 @@ pub struct Checker {
     pub loader: Loader,
     pub store: Arc<Store>,
     pub staleness_bound: Duration,
+    explains: Semaphore,
 }
 
+/// Explained checks at once: people ask for them, and half of the pool is left to misses.
+const EXPLAINS_MAX: usize = POOL_SIZE / 2;
+
+/// How long an explained check waits for its turn.
+const EXPLAIN_WAIT_MAX: Duration = Duration::from_secs(1);
+
 impl Checker {
+    #[must_use]
+    pub fn new(
+        cache: Arc<Cache>,
+        progress: Arc<Progress>,
+        loader: Loader,
+        store: Arc<Store>,
+        staleness_bound: Duration,
+    ) -> Self {
+        Self {
+            cache,
+            progress,
+            loader,
+            store,
+            staleness_bound,
+            explains: Semaphore::new(EXPLAINS_MAX),
+        }
+    }
+
     /// Everything that is decided for one subject.
     ///
     /// # Errors
@@ -150,6 +177,9 @@ impl Checker {
         arrived: BootTime,
     ) -> Result<(Explanation, Evidence), LoadError> {
         let sent_at = BootTime::now();
+        let Ok(_permit) = timeout(EXPLAIN_WAIT_MAX, self.explains.acquire()).await else {
+            return Err(LoadError::Overloaded);
+        };
         let (store, permission) = (Arc::clone(&self.store), permission.to_owned());
         // A task of its own: a caller who goes away must not leave a connection with half a question.
         let explained = tokio::spawn(async move { store.explain(subject, &permission).await });

@@ -74,7 +74,7 @@ pub enum ServeError {
     Transport(#[from] tonic::transport::Error),
     #[error("cannot serve: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-    #[error("the server's task ended: {0}")]
+    #[error("a task of the service ended: {0}")]
     Task(#[from] JoinError),
 }
 
@@ -83,6 +83,9 @@ const SERVICE: &str = v1::permission_service_server::SERVICE_NAME;
 
 /// Waits between looks at a database that is away or behind at start.
 const START_RETRY: Duration = Duration::from_millis(500);
+
+/// How often the start looks for the first lease.
+const LEASE_POLL: Duration = Duration::from_millis(5);
 
 /// How often health is decided anew.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
@@ -117,13 +120,13 @@ pub async fn run(
         Arc::clone(&cache),
         Arc::clone(&progress),
     );
-    let checker = Arc::new(Checker {
+    let checker = Arc::new(Checker::new(
         cache,
         progress,
         loader,
         store,
-        staleness_bound: config.staleness_bound,
-    });
+        config.staleness_bound,
+    ));
 
     let (mut health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
@@ -154,8 +157,16 @@ pub async fn run(
         stop.clone().cancelled_owned(),
     )));
     let watched = async {
-        start(&config, &checker, &mut background).await?;
-        watch_health(&checker, &health, on_ready).await
+        prepare(&config, &checker.store).await?;
+        let ready = spawn_background(&config, &checker, &mut background);
+        let serving = async {
+            wait_until_ready(&config, &checker, ready).await;
+            watch_health(&checker, &health, on_ready).await
+        };
+        tokio::select! {
+            never = serving => never,
+            failure = first_failure(&mut background) => Err(failure),
+        }
     };
     tokio::select! {
         fatal = watched => { let Err(error) = fatal; return Err(error); }
@@ -214,24 +225,34 @@ async fn report(health: &HealthReporter, status: ServingStatus) {
     health.set_service_status(SERVICE, status).await;
 }
 
-/// Everything that must be so before the first answer: schema, pool, log, inspection, and a warm cache or its time up.
-async fn start(
-    config: &Config,
-    checker: &Arc<Checker>,
-    background: &mut JoinSet<()>,
-) -> Result<(), ServeError> {
-    let started = Instant::now();
+/// Returns when the schema is current and the pool is filled.
+async fn prepare(config: &Config, store: &Store) -> Result<(), ServeError> {
     wait_for_schema(&config.database).await?;
-    while let Err(error) = checker.store.fill_pool().await {
+    while let Err(error) = store.fill_pool().await {
         tracing::warn!(%error, "the pool is not filled yet");
         sleep(START_RETRY).await;
     }
-    let (inspected, mut inspection) = watch::channel(false);
+    Ok(())
+}
+
+/// What must have happened before the first answer. Each sender lives in a task that ends only with the service.
+struct Readiness {
+    inspected: watch::Receiver<bool>,
+    warmed: watch::Receiver<bool>,
+}
+
+fn spawn_background(
+    config: &Config,
+    checker: &Arc<Checker>,
+    background: &mut JoinSet<()>,
+) -> Readiness {
+    let (has_inspected, inspected) = watch::channel(false);
+    let (has_warmed, warmed) = watch::channel(false);
     background.spawn(upkeep::inspect(
         config.database.clone(),
         config.inspection_interval,
         Arc::clone(&checker.progress),
-        inspected,
+        has_inspected,
     ));
     background.spawn(feed::follow(
         config.database.clone(),
@@ -247,26 +268,54 @@ async fn start(
         config.audit_retention_days,
         config.maintenance_interval,
     ));
-    // The sender lives as long as the inspecting task, which never ends by itself.
-    drop(inspection.wait_for(|inspected| *inspected).await);
-    while checker.progress.lease().is_none() {
-        sleep(HEALTH_INTERVAL).await;
-    }
-    let warm_up = tokio::spawn(warm_up(Arc::clone(checker), config.cache_capacity));
-    if timeout(config.warm_up_max, warm_up).await.is_err() {
+    background.spawn(warm_up(
+        Arc::clone(checker),
+        config.cache_capacity,
+        has_warmed,
+    ));
+    Readiness { inspected, warmed }
+}
+
+/// Returns when the log is inspected and followed, and the cache is warm or its time is up.
+async fn wait_until_ready(config: &Config, checker: &Checker, mut ready: Readiness) {
+    let started = Instant::now();
+    // An error is a task that has panicked, which ends the service.
+    drop(ready.inspected.wait_for(|inspected| *inspected).await);
+    wait_for_lease(checker).await;
+    let warm = ready.warmed.wait_for(|warmed| *warmed);
+    if timeout(config.warm_up_max, warm).await.is_err() {
         tracing::warn!(
             "the cache is not warm after {:?}: ready all the same",
             config.warm_up_max
         );
     }
     tracing::info!(elapsed = ?started.elapsed(), "ready");
-    Ok(())
 }
 
-async fn warm_up(checker: Arc<Checker>, capacity: u64) {
+/// Until there is a lease, the cache takes no entry or none is believed.
+async fn wait_for_lease(checker: &Checker) {
+    while checker.progress.lease().is_none() {
+        sleep(LEASE_POLL).await;
+    }
+}
+
+async fn warm_up(checker: Arc<Checker>, capacity: u64, has_warmed: watch::Sender<bool>) {
+    wait_for_lease(&checker).await;
     let started = Instant::now();
     if let Ok(users) = upkeep::warm_up(&checker.store, &checker.loader, capacity).await {
         tracing::info!(users, elapsed = ?started.elapsed(), "warmed the cache");
+    }
+    has_warmed.send_replace(true);
+}
+
+/// Returns when a background task panics. Only the warm-up ends by itself.
+async fn first_failure(background: &mut JoinSet<()>) -> ServeError {
+    loop {
+        match background.join_next().await {
+            Some(Ok(())) => {}
+            Some(Err(panic)) => return panic.into(),
+            None => std::future::pending().await,
+        }
     }
 }
 

@@ -195,6 +195,9 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for an answer: a database that is stopped or cut off does not keep its own limit.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(6);
 
+/// A database that takes longer to say which it is does not answer checks either.
+const PING_WAIT_MAX: Duration = Duration::from_secs(1);
+
 /// The database as the data path sees it: a pool of connections with a limit on every statement.
 pub struct Store {
     pool: Pool,
@@ -246,22 +249,33 @@ impl Store {
     /// # Errors
     /// When it is not, or does not answer.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        let rows = self.query("SELECT pg_is_in_recovery()", &[]).await?;
+        let rows = self
+            .query_within(PING_WAIT_MAX, "SELECT pg_is_in_recovery()", &[])
+            .await?;
         rows.first()
             .map_or(Ok(()), |row| load::refuse_standby(row, 0))
     }
 
     /// Runs one prepared statement on a connection of the pool.
     ///
-    /// A connection that does not answer in time is closed, not put back: its answer would come to somebody else's
-    /// question. For the same reason this must not be dropped half-way: its callers are tasks of their own.
+    /// A connection that does not answer in time is closed, not put back: whoever took it next would wait behind the
+    /// same question. So this must not be dropped half-way: its callers are tasks of their own.
     async fn query(
         &self,
         sql: &str,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
+        self.query_within(ANSWER_WAIT_MAX, sql, parameters).await
+    }
+
+    async fn query_within(
+        &self,
+        wait_max: Duration,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, StoreError> {
         let connection = self.pool.get().await?;
-        let answer = timeout(ANSWER_WAIT_MAX, async {
+        let answer = timeout(wait_max, async {
             let statement = connection.prepare_cached(sql).await?;
             connection.query(&statement, parameters).await
         })
@@ -269,7 +283,7 @@ impl Store {
         let Ok(rows) = answer else {
             drop(Object::take(connection));
             return Err(StoreError::Unavailable(format!(
-                "no answer within {ANSWER_WAIT_MAX:?}"
+                "no answer within {wait_max:?}"
             )));
         };
         Ok(rows?)

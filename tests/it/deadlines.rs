@@ -17,9 +17,11 @@ const DEADLINE_MAX: Duration = Duration::from_secs(2);
 
 const PROMPT: Duration = Duration::from_secs(4);
 
+/// The refresh in the background is nobody's question.
 const WAITING: &str = "
 SELECT count(*)::integer FROM pg_stat_activity
-WHERE datname = current_database() AND wait_event_type = 'Lock'";
+WHERE datname = current_database() AND application_name = 'hallpass' AND wait_event_type = 'Lock'
+  AND query NOT LIKE '%refresh%'";
 
 /// A lock that keeps everybody from reading a table, until it is released or dropped.
 pub(crate) struct TableLock {

@@ -233,13 +233,13 @@ fn no_answer_is_older_than_its_position_under_stress() {
         Arc::clone(&progress),
     );
     drop(_never_run);
-    let checker = Checker {
-        cache: Arc::clone(&cache),
-        progress: Arc::clone(&progress),
+    let checker = Checker::new(
+        Arc::clone(&cache),
+        Arc::clone(&progress),
         loader,
         store,
-        staleness_bound: Duration::from_secs(60),
-    };
+        Duration::from_secs(60),
+    );
     // Every entry of the log after the start, by the subject it changes.
     let log: Mutex<Vec<u64>> = Mutex::new(Vec::new());
     let head = || START + i64::try_from(log.lock().unwrap().len()).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! Invariant: health says SERVING only once the schema was found current, while the log is believed and answers can be given.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, num::NonZeroU16, sync::Arc, time::Duration};
 
 use thiserror::Error;
 use tokio::{
@@ -45,6 +45,9 @@ pub struct Config {
     pub warm_up_max: Duration,
     pub matrix_refresh_interval: Duration,
     pub inspection_interval: Duration,
+    /// `None`: nothing is ever removed.
+    pub audit_retention_days: Option<NonZeroU16>,
+    pub maintenance_interval: Duration,
     pub lame_duck: Duration,
     pub drain_max: Duration,
 }
@@ -276,6 +279,11 @@ fn spawn_background(
     background.spawn(upkeep::refresh(
         config.database.clone(),
         config.matrix_refresh_interval,
+    ));
+    background.spawn(upkeep::maintain_audit_log(
+        config.database.clone(),
+        config.audit_retention_days,
+        config.maintenance_interval,
     ));
     background.spawn(warm_up(
         Arc::clone(checker),

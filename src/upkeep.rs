@@ -1,8 +1,9 @@
-//! What runs in the background: the inspection of the log's triggers, the refresh of the matrix, the warm start.
+//! What runs in the background: the inspection of the log's triggers, the refresh of the matrix, the
+//! maintenance of the audit log, the warm start.
 //!
 //! Invariant: nothing here is waited for by a request, and a failure is tried again, not passed on.
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZeroU16, sync::Arc, time::Duration};
 
 use tokio::{
     sync::watch,
@@ -15,7 +16,10 @@ use crate::{
     feed::Progress,
     loader::{Join, LoadError, Loader},
     model::{BootTime, OrganizationId, Subject, UserId},
-    store::{DatabaseUrl, DedicatedConnection, Store, StoreError, upkeep::Inspection},
+    store::{
+        DatabaseUrl, DedicatedConnection, Store, StoreError,
+        upkeep::{Inspection, Retention},
+    },
 };
 
 /// How long the database may work on an inspection: it has waited its five seconds for a lock long before.
@@ -32,6 +36,15 @@ const RETRY: Duration = Duration::from_secs(2);
 
 /// A refresh waits at least this many times its own duration before the next: at most a fifth of the time is refresh.
 const REFRESH_REST: u32 = 4;
+
+/// How long the database may work on one step of the audit log's maintenance: counting the rows of a month takes longest.
+const MAINTENANCE_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// The wait before maintenance that failed is tried again. It asks for locks that writers wait behind, so not often.
+const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
+
+/// The wait between two steps of retention, for those who wait for the database.
+const RETENTION_REST: Duration = Duration::from_millis(50);
 
 /// Subjects a statement of the warm start.
 const WARM_UP_PAGE: i64 = 500;
@@ -148,6 +161,55 @@ pub async fn refresh(url: DatabaseUrl, interval: Duration) {
         };
         sleep(rest).await;
     }
+}
+
+/// Makes the audit log's partitions ahead and, where `retention_days` is set, removes what is older, at this interval.
+pub async fn maintain_audit_log(
+    url: DatabaseUrl,
+    retention_days: Option<NonZeroU16>,
+    interval: Duration,
+) {
+    loop {
+        let rest = match maintain_on_connection(&url, retention_days).await {
+            Ok(()) => interval,
+            Err(error) => {
+                tracing::warn!(%error, "the audit log was not maintained");
+                interval.min(MAINTENANCE_RETRY)
+            }
+        };
+        sleep(rest).await;
+    }
+}
+
+async fn maintain_on_connection(
+    url: &DatabaseUrl,
+    retention_days: Option<NonZeroU16>,
+) -> Result<(), StoreError> {
+    let mut connection = DedicatedConnection::open(url, Some(MAINTENANCE_TIMEOUT)).await?;
+    connection.make_audit_partitions().await?;
+    let Some(days) = retention_days else {
+        return Ok(());
+    };
+    let mut removed = 0;
+    loop {
+        match connection.remove_expired(days.get().into()).await? {
+            Retention::Held => {
+                tracing::info!("a legal hold is in force: nothing is removed from the audit log");
+                break;
+            }
+            Retention::Elsewhere => break,
+            Retention::Removed(rows) => removed += rows,
+            Retention::Done(rows) => {
+                removed += rows;
+                break;
+            }
+        }
+        sleep(RETENTION_REST).await;
+    }
+    if removed > 0 {
+        tracing::info!(rows = removed, %days, "removed old rows of the audit log");
+    }
+    Ok(())
 }
 
 /// Loads members into the cache, up to `subjects_max` of them; returns how many.

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    num::NonZeroU16,
     os::unix::{fs::FileTypeExt, net::UnixStream},
     path::Path,
     pin::pin,
@@ -13,7 +14,10 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::{database::Database, interrupted};
 use crate::{
-    config::{DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, ServeSettings},
+    config::{
+        DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, MAINTENANCE_INTERVAL,
+        ServeSettings,
+    },
     server::{self, Config, Listener},
 };
 
@@ -56,6 +60,8 @@ pub(super) async fn serve(
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
         inspection_interval: INSPECTION_INTERVAL,
+        audit_retention_days: NonZeroU16::new(settings.audit_retention_days),
+        maintenance_interval: MAINTENANCE_INTERVAL,
         lame_duck: settings.lame_duck,
         drain_max: DRAIN_MAX,
     };

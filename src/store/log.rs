@@ -52,7 +52,7 @@ pub struct Page {
 /// Entries first, then each one's rows, each limited: a page costs the same in the middle of a large entry. An entry
 /// that touches everything needs none of its rows. Of an override, `users` are those whose mention changed, when
 /// nothing else did; a list of lists, which PostgreSQL allows and nobody means, is not taken apart.
-const READ_PAGE: &str = "
+pub const READ_PAGE: &str = "
 SELECT pg_is_in_recovery(),
        $1::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $1 AND uid = $2::integer),
        page.seq, page.uid, page.everything, page.n, page.org_id, page.affected_user_id, page.users
@@ -202,7 +202,7 @@ fn read_row(row: &Row, page: &mut Page) -> Result<(), StoreError> {
     let Some(seq) = row.try_get::<_, Option<i64>>(2)? else {
         return Ok(());
     };
-    // An entry without audit rows, which its owner may have deleted, does not say what it changed; one that the page
+    // An entry without audit rows, which retention or their owner may have removed, does not say what it changed; one that the page
     // before has read to its end has none left.
     let n: Option<i32> = row.try_get(5)?;
     let is_new = seq > page.next.entry.seq;

@@ -6,6 +6,7 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod analysis;
 mod belief;
 mod bypass;
 mod commands;
@@ -30,6 +31,7 @@ mod privileges;
 mod property;
 mod proxy;
 mod race;
+mod retention;
 mod scenario;
 mod scenarios;
 mod server;

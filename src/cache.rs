@@ -90,9 +90,10 @@ impl Cache {
     #[must_use]
     pub fn get(&self, subject: &Subject) -> Option<Arc<Entry>> {
         let entry = self.entries.get(subject)?;
-        let valid = entry.epoch == self.epoch()
-            && entry.head.seq >= entry.overrides_seq.load(Ordering::Acquire)
-            && entry.head.seq >= self.everything_seq.load(Ordering::Acquire);
+        // The epoch last: whoever sees what the beginning of an epoch forgets sees the epoch too.
+        let valid = entry.head.seq >= entry.overrides_seq.load(Ordering::Acquire)
+            && entry.head.seq >= self.everything_seq.load(Ordering::Acquire)
+            && entry.epoch == self.epoch();
         valid.then_some(entry)
     }
 
@@ -146,6 +147,13 @@ impl Cache {
 
     /// Forgets everything, and takes loads whose head is at or after `head` from here on.
     pub fn begin_epoch(&self, head: Position) {
+        // Closed to loads before anything is forgotten, and open again only in the new epoch: an entry must not point
+        // to changes that are forgotten.
+        for stripe in &self.stripes {
+            let mut stripe = lock(stripe);
+            stripe.changes.clear();
+            stripe.floor = i64::MAX;
+        }
         self.epoch.fetch_add(1, Ordering::AcqRel);
         self.everything_seq.store(0, Ordering::Release);
         for stripe in &self.stripes {

@@ -12,7 +12,7 @@ use crate::{
     feed::Progress,
     loader::{Join, Load, LoadError, Loader},
     model::{BootTime, Position, Reason, Subject, SubjectPermissions},
-    store::{POOL_SIZE, Store, load::Explanation},
+    store::{POOL_SIZE, Store, StoreError, load::Explanation},
 };
 
 /// How fresh an answer must be.
@@ -83,14 +83,14 @@ pub struct Checker {
     pub loader: Loader,
     pub store: Arc<Store>,
     pub staleness_bound: Duration,
-    explains: Semaphore,
+    reads: Arc<Semaphore>,
 }
 
-/// Explained checks at once: people ask for them, and half of the pool is left to misses.
-const EXPLAINS_MAX: usize = POOL_SIZE / 2;
+/// Explained checks, lists and counts at once: people ask for them, and half of the pool is left to misses.
+const READS_MAX: usize = POOL_SIZE / 2;
 
-/// How long an explained check waits for its turn.
-const EXPLAIN_WAIT_MAX: Duration = Duration::from_secs(1);
+/// How long one of these waits for its turn.
+const READ_WAIT_MAX: Duration = Duration::from_secs(1);
 
 impl Checker {
     #[must_use]
@@ -107,7 +107,7 @@ impl Checker {
             loader,
             store,
             staleness_bound,
-            explains: Semaphore::new(EXPLAINS_MAX),
+            reads: Arc::new(Semaphore::new(READS_MAX)),
         }
     }
 
@@ -176,24 +176,45 @@ impl Checker {
         permission: &str,
         arrived: BootTime,
     ) -> Result<(Explanation, Evidence), LoadError> {
-        let sent_at = BootTime::now();
-        let Ok(_permit) = timeout(EXPLAIN_WAIT_MAX, self.explains.acquire()).await else {
+        let (store, permission) = (Arc::clone(&self.store), permission.to_owned());
+        self.read(arrived, async move {
+            let explanation = store.explain(subject, &permission).await?;
+            Ok((explanation.head, explanation))
+        })
+        .await
+    }
+
+    /// What the cache does not hold, read from the database; the query says the head of its snapshot.
+    ///
+    /// # Errors
+    /// When the database cannot be asked, or too many reads are under way.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        arrived: BootTime,
+        query: impl Future<Output = Result<(Position, T), StoreError>> + Send + 'static,
+    ) -> Result<(T, Evidence), LoadError> {
+        let turn = timeout(READ_WAIT_MAX, Arc::clone(&self.reads).acquire_owned());
+        let Ok(Ok(turn)) = turn.await else {
             return Err(LoadError::Overloaded);
         };
-        let (store, permission) = (Arc::clone(&self.store), permission.to_owned());
-        // A task of its own: a caller who goes away must not leave a connection with half a question.
-        let explained = tokio::spawn(async move { store.explain(subject, &permission).await });
-        let explanation = match explained.await {
-            Ok(Ok(explanation)) => explanation,
+        let sent_at = BootTime::now();
+        // A task of its own: a caller who goes away must not leave a connection with half a question. The turn ends
+        // with the question, not with the caller.
+        let asked = tokio::spawn(async move {
+            let answer = query.await;
+            drop(turn);
+            answer
+        });
+        let (head, answer) = match asked.await {
+            Ok(Ok(read)) => read,
             Ok(Err(error)) => {
-                tracing::warn!(%error, "a decision was not explained");
+                tracing::warn!(%error, "a question has no answer");
                 return Err(LoadError::Unavailable);
             }
             Err(_panic) => return Err(LoadError::Unavailable),
         };
-        self.progress.observe(explanation.head);
-        let evidence = from_database(explanation.head, sent_at, arrived);
-        Ok((explanation, evidence))
+        self.progress.observe(head);
+        Ok((answer, from_database(head, sent_at, arrived)))
     }
 
     /// The cached answer, if one may be given.

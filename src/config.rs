@@ -28,6 +28,12 @@ const DEFAULT_LAME_DUCK: &str = "1s";
 /// How long a change can go past disabled triggers unnoticed.
 pub const INSPECTION_INTERVAL: Duration = Duration::from_secs(60);
 
+/// The audit log is evidence: nothing goes unless somebody says so.
+const DEFAULT_AUDIT_RETENTION_DAYS: u16 = 0;
+
+/// How often partitions are made ahead and retention is applied; both are a matter of months.
+pub const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// How long calls under way may take to end once the service stops.
 pub const DRAIN_MAX: Duration = Duration::from_secs(10);
 
@@ -53,6 +59,10 @@ pub struct ServeSettings {
     /// Refresh the materialized views no more often than this
     #[arg(long, env = "HALLPASS_MATRIX_REFRESH_INTERVAL", default_value = DEFAULT_MATRIX_REFRESH_INTERVAL, value_parser = parse_duration)]
     pub matrix_refresh_interval: Duration,
+
+    /// Remove what is older from the audit log and the log; 0 keeps everything
+    #[arg(long, env = "HALLPASS_AUDIT_RETENTION_DAYS", default_value_t = DEFAULT_AUDIT_RETENTION_DAYS, value_parser = clap::value_parser!(u16).range(..=36_500))]
+    pub audit_retention_days: u16,
 
     /// After SIGTERM, say NOT_SERVING for this long before turning callers away
     #[arg(long, env = "HALLPASS_LAME_DUCK", default_value = DEFAULT_LAME_DUCK, value_parser = parse_duration)]

@@ -160,7 +160,7 @@ impl Feed {
         &mut self,
         url: &DatabaseUrl,
     ) -> Result<std::convert::Infallible, StoreError> {
-        let log = LogReader::open(url).await?;
+        let log = within(LogReader::open(url)).await?;
         loop {
             let Some(cursor) = self.cursor else {
                 self.start_at_head(&log).await?;

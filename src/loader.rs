@@ -10,7 +10,10 @@ use std::{
 
 use thiserror::Error;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
     task::{Id, JoinError, JoinSet},
 };
 
@@ -24,8 +27,11 @@ use crate::{
 /// Statements on their way at once: one a connection.
 const FLIGHTS_MAX: usize = POOL_SIZE;
 
-/// Requests that wait for a statement. At a millisecond a statement they wait a second at the very most.
-const QUEUE_MAX: usize = 10_000;
+/// Requests that wait for a statement, on their way to the loader's task, or for one flight.
+const QUEUE_MAX: usize = 4_096;
+
+/// Subjects of all requests that wait for a statement: ten of the largest batches.
+const QUEUE_SUBJECTS_MAX: usize = 100_000;
 
 /// Subjects that small requests are put together to. A larger request makes a statement of its own, so that a large
 /// batch does not slow the small misses that arrive with it.
@@ -86,6 +92,7 @@ impl Loader {
                 progress,
             }),
             queue: VecDeque::new(),
+            queued_subjects: 0,
             flights: JoinSet::new(),
             waiting: HashMap::new(),
             flying: HashMap::new(),
@@ -106,7 +113,10 @@ impl Loader {
                 join,
                 reply,
             })
-            .map_err(|_| LoadError::Overloaded)?;
+            .map_err(|error| match error {
+                TrySendError::Full(_) => LoadError::Overloaded,
+                TrySendError::Closed(_) => LoadError::Unavailable,
+            })?;
         answer.await.unwrap_or(Err(LoadError::Unavailable))
     }
 }
@@ -155,6 +165,7 @@ struct Flight {
 struct Task {
     source: Arc<Source>,
     queue: VecDeque<Request>,
+    queued_subjects: usize,
     flights: JoinSet<Result<Load, StoreError>>,
     waiting: HashMap<Id, Flight>,
     /// The newest flight that loads each subject.
@@ -190,10 +201,17 @@ impl Task {
                 .get(subject)
                 .and_then(|id| self.waiting.get_mut(id))
             && flight.sent_at >= earliest
+            && flight.waiters.len() < QUEUE_MAX
         {
             flight.waiters.push(request.reply);
             return;
         }
+        if self.queued_subjects + request.subjects.len() > QUEUE_SUBJECTS_MAX {
+            // A caller who is gone needs no answer.
+            let _ = request.reply.send(Err(LoadError::Overloaded));
+            return;
+        }
+        self.queued_subjects += request.subjects.len();
         self.queue.push_back(request);
     }
 
@@ -210,6 +228,7 @@ impl Task {
             let Some(request) = self.queue.pop_front() else {
                 break;
             };
+            self.queued_subjects -= request.subjects.len();
             if request.reply.is_closed() {
                 continue;
             }

@@ -1,8 +1,8 @@
 //! Puts the parts together and runs them: every task is started here, and ends before `run` does.
 //!
-//! Invariant: health says SERVING only while the schema is current, the log is believed, and answers can be given.
+//! Invariant: health says SERVING only once the schema was found current, while the log is believed and answers can be given.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, num::NonZeroU16, sync::Arc, time::Duration};
 
 use thiserror::Error;
 use tokio::{
@@ -45,6 +45,9 @@ pub struct Config {
     pub warm_up_max: Duration,
     pub matrix_refresh_interval: Duration,
     pub inspection_interval: Duration,
+    /// `None`: nothing is ever removed.
+    pub audit_retention_days: Option<NonZeroU16>,
+    pub maintenance_interval: Duration,
     pub lame_duck: Duration,
     pub drain_max: Duration,
 }
@@ -80,6 +83,9 @@ const SERVICE: &str = v1::permission_service_server::SERVICE_NAME;
 
 /// Waits between looks at a database that is away or behind at start.
 const START_RETRY: Duration = Duration::from_millis(500);
+
+/// A database that does not say within this time which schema it has is away.
+const SCHEMA_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// How often the start looks for the first lease.
 const LEASE_POLL: Duration = Duration::from_millis(5);
@@ -125,7 +131,7 @@ pub async fn run(
         config.staleness_bound,
     ));
 
-    let (mut health, health_service) = tonic_health::server::health_reporter();
+    let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
     let router = router()
         .add_service(health_service)
@@ -171,8 +177,20 @@ pub async fn run(
         () = shutdown => {}
     }
 
-    tracing::info!("stopping");
     report(&health, ServingStatus::NotServing).await;
+    drain(&config, health, &stop, server).await?;
+    background.shutdown().await;
+    Ok(())
+}
+
+/// Lets callers go elsewhere, takes no more calls, and waits for those under way.
+async fn drain(
+    config: &Config,
+    mut health: HealthReporter,
+    stop: &CancellationToken,
+    server: AbortOnDropHandle<Result<(), ServeError>>,
+) -> Result<(), ServeError> {
+    tracing::info!("stopping");
     sleep(config.lame_duck).await;
     stop.cancel();
     // Ends the streams that watch health: by themselves they never would, and each stop would take the whole of the
@@ -180,16 +198,14 @@ pub async fn run(
     for service in ["", SERVICE] {
         health.clear_service_status(service).await;
     }
-    match timeout(config.drain_max, &mut server).await {
-        Ok(ended) => ended?,
-        Err(_) => {
-            tracing::warn!(
-                "calls were still under way after {:?}: cut off",
-                config.drain_max
-            );
-            Ok(())
-        }
-    }
+    let Ok(ended) = timeout(config.drain_max, server).await else {
+        tracing::warn!(
+            "calls were still under way after {:?}: cut off",
+            config.drain_max
+        );
+        return Ok(());
+    };
+    ended?
 }
 
 fn router() -> Server {
@@ -225,11 +241,15 @@ async fn report(health: &HealthReporter, status: ServingStatus) {
 /// Returns when the schema is current and the pool is filled.
 async fn prepare(config: &Config, store: &Store) -> Result<(), ServeError> {
     wait_for_schema(&config.database).await?;
-    while let Err(error) = store.fill_pool().await {
-        tracing::warn!(%error, "the pool is not filled yet");
+    let mut said = String::new();
+    loop {
+        match store.fill_pool().await {
+            Ok(()) => return Ok(()),
+            Err(StoreError::Refused(error)) => return Err(StoreError::Refused(error).into()),
+            Err(error) => say_once(&mut said, format!("the pool is not filled yet: {error}")),
+        }
         sleep(START_RETRY).await;
     }
-    Ok(())
 }
 
 /// What must have happened before the first answer. Each sender lives in a task that ends only with the service.
@@ -259,6 +279,11 @@ fn spawn_background(
     background.spawn(upkeep::refresh(
         config.database.clone(),
         config.matrix_refresh_interval,
+    ));
+    background.spawn(upkeep::maintain_audit_log(
+        config.database.clone(),
+        config.audit_retention_days,
+        config.maintenance_interval,
     ));
     background.spawn(warm_up(
         Arc::clone(checker),
@@ -315,11 +340,16 @@ async fn first_failure(background: &mut JoinSet<()>) -> ServeError {
 async fn wait_for_schema(url: &DatabaseUrl) -> Result<(), ServeError> {
     let mut said = String::new();
     loop {
-        let state = async {
+        let state = timeout(SCHEMA_WAIT_MAX, async {
             let connection = DedicatedConnection::open(url, None).await?;
             migrations::schema_state(&connection).await
-        };
-        let waits_for = match state.await {
+        });
+        let state = state.await.unwrap_or_else(|_| {
+            Err(StoreError::Unavailable(format!(
+                "no answer within {SCHEMA_WAIT_MAX:?}"
+            )))
+        });
+        let waits_for = match state {
             Ok(SchemaState::Current) => return Ok(()),
             Ok(SchemaState::Ahead(version)) => return Err(ServeError::SchemaAhead(version)),
             Ok(SchemaState::Changed(names)) => return Err(ServeError::SchemaChanged(names)),
@@ -333,11 +363,16 @@ async fn wait_for_schema(url: &DatabaseUrl) -> Result<(), ServeError> {
             Err(StoreError::Standby) => "waiting for the primary: this is a standby".to_owned(),
             Err(fatal) => return Err(fatal.into()),
         };
-        if waits_for != said {
-            tracing::warn!("{waits_for}");
-            said = waits_for;
-        }
+        say_once(&mut said, waits_for);
         sleep(START_RETRY).await;
+    }
+}
+
+/// Logs a change of what is said, not each time.
+fn say_once(said: &mut String, now: String) {
+    if now != *said {
+        tracing::warn!("{now}");
+        *said = now;
     }
 }
 

@@ -1,13 +1,14 @@
-//! What runs in the background: the inspection of the log's triggers, the refresh of the matrix, the warm start.
+//! What runs in the background: the inspection of the log's triggers, the refresh of the matrix, the
+//! maintenance of the audit log, the warm start.
 //!
 //! Invariant: nothing here is waited for by a request, and a failure is tried again, not passed on.
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZeroU16, sync::Arc, time::Duration};
 
 use tokio::{
     sync::watch,
     task::JoinSet,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use uuid::Uuid;
 
@@ -15,17 +16,35 @@ use crate::{
     feed::Progress,
     loader::{Join, LoadError, Loader},
     model::{BootTime, OrganizationId, Subject, UserId},
-    store::{DatabaseUrl, DedicatedConnection, Store, StoreError},
+    store::{
+        DatabaseUrl, DedicatedConnection, Store, StoreError,
+        upkeep::{Inspection, Retention},
+    },
 };
 
 /// How long the database may work on an inspection: it has waited its five seconds for a lock long before.
 const INSPECTION_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long to wait for an inspection: a database that is stopped or cut off does not keep its own limit.
+const INSPECTION_WAIT_MAX: Duration = Duration::from_secs(65);
+
+/// Inspections that may fail in a row before the log is not believed any more.
+const INSPECTIONS_MISSED_MAX: u32 = 3;
 
 /// The wait before background work that failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
 /// A refresh waits at least this many times its own duration before the next: at most a fifth of the time is refresh.
 const REFRESH_REST: u32 = 4;
+
+/// How long the database may work on one step of the audit log's maintenance: counting the rows of a month takes longest.
+const MAINTENANCE_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// The wait before maintenance that failed is tried again. It asks for locks that writers wait behind, so not often.
+const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
+
+/// The wait between two steps of retention, for those who wait for the database.
+const RETENTION_REST: Duration = Duration::from_millis(50);
 
 /// Subjects a statement of the warm start.
 const WARM_UP_PAGE: i64 = 500;
@@ -41,42 +60,79 @@ pub async fn inspect(
     progress: Arc<Progress>,
     inspected: watch::Sender<bool>,
 ) {
-    let mut known_problems = Vec::new();
+    let mut inspector = Inspector {
+        interval,
+        progress,
+        inspected,
+        known_problems: Vec::new(),
+        last_inspection: BootTime::now(),
+        said: String::new(),
+    };
     loop {
-        let Err(error) =
-            inspect_on_connection(&url, interval, &progress, &inspected, &mut known_problems).await;
-        tracing::warn!(%error, "the log was not inspected");
+        let Err(error) = inspector.inspect_on_connection(&url).await;
+        inspector.failed(&error);
         sleep(RETRY).await;
     }
 }
 
-async fn inspect_on_connection(
-    url: &DatabaseUrl,
+struct Inspector {
     interval: Duration,
-    progress: &Progress,
-    inspected: &watch::Sender<bool>,
-    known_problems: &mut Vec<String>,
-) -> Result<std::convert::Infallible, StoreError> {
-    let connection = DedicatedConnection::open(url, Some(INSPECTION_TIMEOUT)).await?;
-    loop {
-        let inspection = connection.inspect().await?;
+    progress: Arc<Progress>,
+    inspected: watch::Sender<bool>,
+    known_problems: Vec<String>,
+    last_inspection: BootTime,
+    /// The failure that was logged last.
+    said: String,
+}
+
+impl Inspector {
+    async fn inspect_on_connection(
+        &mut self,
+        url: &DatabaseUrl,
+    ) -> Result<std::convert::Infallible, StoreError> {
+        let connection = DedicatedConnection::open(url, Some(INSPECTION_TIMEOUT)).await?;
+        loop {
+            let inspection = timeout(INSPECTION_WAIT_MAX, connection.inspect())
+                .await
+                .map_err(|_| StoreError::Unavailable("no inspection in time".to_owned()))??;
+            self.last_inspection = BootTime::now();
+            self.said.clear();
+            self.take(inspection);
+            self.inspected.send_replace(true);
+            connection.clear_pending().await?;
+            sleep(self.interval).await;
+        }
+    }
+
+    fn take(&mut self, inspection: Inspection) {
         if inspection.problems.is_empty() {
-            if !known_problems.is_empty() {
+            if !self.known_problems.is_empty() {
                 tracing::info!("the log is complete again");
             }
-            progress.believe_from(inspection.head_seq);
+            self.progress.believe_from(inspection.head_seq);
         } else {
-            progress.disbelieve_log();
-            if inspection.problems != *known_problems {
+            self.progress.disbelieve_log();
+            if inspection.problems != self.known_problems {
                 for problem in &inspection.problems {
                     tracing::error!(%problem, "changes may go unrecorded: not serving from the cache");
                 }
             }
         }
-        *known_problems = inspection.problems;
-        inspected.send_replace(true);
-        connection.clear_pending().await?;
-        sleep(interval).await;
+        self.known_problems = inspection.problems;
+    }
+
+    /// A database that is away changes nothing unseen; an inspection that fails, or that is overdue, may miss it.
+    fn failed(&mut self, error: &StoreError) {
+        let overdue = BootTime::now().since(self.last_inspection)
+            > INSPECTIONS_MISSED_MAX * self.interval.max(RETRY);
+        if overdue || !matches!(error, StoreError::Unavailable(_)) {
+            self.progress.disbelieve_log();
+        }
+        let error = error.to_string();
+        if error != self.said {
+            tracing::warn!(%error, "the log was not inspected");
+            self.said = error;
+        }
     }
 }
 
@@ -105,6 +161,55 @@ pub async fn refresh(url: DatabaseUrl, interval: Duration) {
         };
         sleep(rest).await;
     }
+}
+
+/// Makes the audit log's partitions ahead and, where `retention_days` is set, removes what is older, at this interval.
+pub async fn maintain_audit_log(
+    url: DatabaseUrl,
+    retention_days: Option<NonZeroU16>,
+    interval: Duration,
+) {
+    loop {
+        let rest = match maintain_on_connection(&url, retention_days).await {
+            Ok(()) => interval,
+            Err(error) => {
+                tracing::warn!(%error, "the audit log was not maintained");
+                interval.min(MAINTENANCE_RETRY)
+            }
+        };
+        sleep(rest).await;
+    }
+}
+
+async fn maintain_on_connection(
+    url: &DatabaseUrl,
+    retention_days: Option<NonZeroU16>,
+) -> Result<(), StoreError> {
+    let mut connection = DedicatedConnection::open(url, Some(MAINTENANCE_TIMEOUT)).await?;
+    connection.make_audit_partitions().await?;
+    let Some(days) = retention_days else {
+        return Ok(());
+    };
+    let mut removed = 0;
+    loop {
+        match connection.remove_expired(days.get().into()).await? {
+            Retention::Held => {
+                tracing::info!("a legal hold is in force: nothing is removed from the audit log");
+                break;
+            }
+            Retention::Elsewhere => break,
+            Retention::Removed(rows) => removed += rows,
+            Retention::Done(rows) => {
+                removed += rows;
+                break;
+            }
+        }
+        sleep(RETENTION_REST).await;
+    }
+    if removed > 0 {
+        tracing::info!(rows = removed, %days, "removed old rows of the audit log");
+    }
+    Ok(())
 }
 
 /// Loads members into the cache, up to `subjects_max` of them; returns how many.

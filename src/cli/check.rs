@@ -99,7 +99,7 @@ fn print_explanation(explanation: &Explanation) {
         if explanation.enabled { "yes" } else { "no" }
     );
     println!(
-        "  granted by name  {}",
+        "  by name        {}",
         if explanation.specific_user {
             "yes"
         } else {

@@ -1,6 +1,6 @@
 //! `hallpass demo`: everything on a made-up district, with three commands to paste.
 
-use std::process::ExitCode;
+use std::{path::PathBuf, pin::pin, process::ExitCode};
 
 use uuid::Uuid;
 
@@ -10,7 +10,7 @@ use super::{
     serve::{bind, serve},
 };
 use crate::{
-    config::{DatabaseSettings, ListenAddress, ServeSettings},
+    config::{DEFAULT_DATA_DIR, DatabaseSettings, ListenAddress, ServeSettings},
     server::Listener,
     store::{
         DedicatedConnection,
@@ -27,8 +27,9 @@ const SAMPLE_PERMISSION: &str = "can_approve_expenses";
 /// Serve a made-up district: 50 schools, 10,000 members, each school with settings of its own
 #[derive(Debug, clap::Args)]
 pub(super) struct Demo {
-    #[command(flatten)]
-    database: DatabaseSettings,
+    /// Where the private PostgreSQL lives: the demo fills no other database
+    #[arg(long, env = "HALLPASS_DATA_DIR", default_value = DEFAULT_DATA_DIR)]
+    data_dir: PathBuf,
 
     #[command(flatten)]
     settings: ServeSettings,
@@ -36,10 +37,21 @@ pub(super) struct Demo {
 
 impl Demo {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
-        let interrupted = interrupted()?;
+        let mut interrupted = pin!(interrupted()?);
         let listener = bind(&self.settings.grpc_listen).await?;
-        let database = Database::open_migrated(&self.database).await?;
-        let sample = load(&database).await?;
+        let private = DatabaseSettings {
+            database_url: None,
+            data_dir: self.data_dir,
+        };
+        let prepared = async {
+            let database = Database::open_migrated(&private).await?;
+            let sample = load(&database).await?;
+            anyhow::Ok((database, sample))
+        };
+        let (database, sample) = tokio::select! {
+            prepared = prepared => prepared?,
+            () = &mut interrupted => return Ok(ExitCode::SUCCESS),
+        };
         // Port 0 was to be chosen by the system: the commands name the one that it chose.
         let address = match &listener {
             Listener::Tcp(listener) => ListenAddress::Tcp(listener.local_addr()?),
@@ -121,10 +133,11 @@ fn guide(listen: &ListenAddress, database: &Database, sample: &Sample) -> String
         ListenAddress::Tcp(address) => format!("http://{address}"),
         ListenAddress::Unix(path) => format!("unix:{}", path.display()),
     };
-    let psql = match &database.private {
-        Some(private) => format!("psql '{}'", private.url()),
-        None => "psql \"$HALLPASS_DATABASE_URL\"".to_owned(),
-    };
+    let psql = database
+        .private
+        .as_ref()
+        .map(|private| format!("psql '{}'", private.url()))
+        .unwrap_or_default();
     let Sample {
         organization,
         name,
@@ -146,8 +159,8 @@ Paste into another terminal:
 1. A board member of {name} may approve expenses:
 {ask} {organization} {board_member} {SAMPLE_PERMISSION}
 
-2. A volunteer may not:
-{ask} {organization} {volunteer} {SAMPLE_PERMISSION} --explain
+2. A volunteer may not (add --explain for the facts behind it):
+{ask} {organization} {volunteer} {SAMPLE_PERMISSION}
 
 3. Promote the volunteer as the application would, in SQL, and ask again:
 {psql} -c \"UPDATE profiles SET role = 'board_member' WHERE org_id = '{organization}' AND user_id = '{volunteer}'\"

@@ -2,8 +2,10 @@
 
 use std::{
     io,
+    num::NonZeroU16,
     os::unix::{fs::FileTypeExt, net::UnixStream},
     path::Path,
+    pin::pin,
     process::ExitCode,
 };
 
@@ -12,7 +14,10 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::{database::Database, interrupted};
 use crate::{
-    config::{DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, ServeSettings},
+    config::{
+        DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, MAINTENANCE_INTERVAL,
+        ServeSettings,
+    },
     server::{self, Config, Listener},
 };
 
@@ -28,15 +33,19 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
-        let interrupted = interrupted()?;
+        let mut interrupted = pin!(interrupted()?);
         // A port that is taken is the commonest mistake: found before a database is started.
         let listener = bind(&self.settings.grpc_listen).await?;
-        let database = Database::open_migrated(&self.database).await?;
+        let database = tokio::select! {
+            database = Database::open_migrated(&self.database) => database?,
+            () = &mut interrupted => return Ok(ExitCode::SUCCESS),
+        };
         serve(database, &self.settings, listener, || (), interrupted).await
     }
 }
 
-/// Serves until interrupted, calls `on_ready` when the first answer can be given, then stops the private database if there is one.
+/// Serves until interrupted, calls `on_ready` when the first answer can be given, then stops the private database if
+/// there is one.
 pub(super) async fn serve(
     database: Database,
     settings: &ServeSettings,
@@ -51,6 +60,8 @@ pub(super) async fn serve(
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
         inspection_interval: INSPECTION_INTERVAL,
+        audit_retention_days: NonZeroU16::new(settings.audit_retention_days),
+        maintenance_interval: MAINTENANCE_INTERVAL,
         lame_duck: settings.lame_duck,
         drain_max: DRAIN_MAX,
     };

@@ -3,31 +3,26 @@
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
-use tonic_types::FieldViolation;
-use uuid::Uuid;
 
-use super::{status, v1};
+use super::{parse, parse::PagedQuery, status, v1};
 use crate::{
     check::{Checker, Evidence, Freshness, Known, Source},
     loader::LoadError,
     model::{
         BootTime, Membership, OrganizationId, PermissionTemplate, Reason, Subject,
-        SubjectPermissions, UserId,
+        SubjectPermissions,
     },
-    store::load::Explanation,
+    store::{
+        lists::OrganizationSummary,
+        load::{Explanation, ReadFrom},
+    },
 };
 
 /// Items of a batch: what one statement answers in about a second when nothing is cached.
 pub const BATCH_ITEMS_MAX: usize = 10_000;
 
-/// Bytes of a permission key or module name.
-pub const KEY_BYTES_MAX: usize = 255;
-
 /// Malformed items of a batch whose errors have details. More would make an answer that clients refuse, who take 4 MiB.
 const DETAILED_ITEMS_MAX: usize = 1_000;
-
-/// Bytes of user input that a message repeats.
-const SHOWN_BYTES_MAX: usize = 64;
 
 /// Serves checks.
 pub struct PermissionService {
@@ -50,9 +45,9 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         let arrived = BootTime::now();
         let request = request.into_inner();
         let mut wrong = Vec::new();
-        let subject = subject(&mut wrong, "", &request.organization_id, &request.user_id);
-        check_key(&mut wrong, format_args!("permission"), &request.permission);
-        let freshness = freshness(&mut wrong, request.consistency)?;
+        let subject = parse::subject(&mut wrong, "", &request.organization_id, &request.user_id);
+        parse::check_key(&mut wrong, format_args!("permission"), &request.permission);
+        let freshness = parse::freshness(&mut wrong, request.consistency)?;
         let (Some(subject), true) = (subject, wrong.is_empty()) else {
             return Err(status::invalid(wrong));
         };
@@ -82,18 +77,22 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         let mut wrong = Vec::new();
         if request.items.is_empty() || request.items.len() > BATCH_ITEMS_MAX {
             let found = request.items.len();
-            violation(
+            parse::violation(
                 &mut wrong,
                 "items",
                 format!("must be 1 to {BATCH_ITEMS_MAX} items, not {found}"),
             );
         }
-        let freshness = freshness(&mut wrong, request.consistency)?;
+        let freshness = parse::freshness(&mut wrong, request.consistency)?;
         if !wrong.is_empty() {
             return Err(status::invalid(wrong));
         }
-        let parsed: Vec<Result<Subject, Status>> =
-            request.items.iter().enumerate().map(parse_item).collect();
+        let parsed: Vec<Result<Subject, Status>> = request
+            .items
+            .iter()
+            .enumerate()
+            .map(parse::parse_item)
+            .collect();
         let subjects: Vec<Subject> = parsed
             .iter()
             .filter_map(|item| item.as_ref().ok().copied())
@@ -149,11 +148,11 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         let arrived = BootTime::now();
         let request = request.into_inner();
         let mut wrong = Vec::new();
-        let subject = subject(&mut wrong, "", &request.organization_id, &request.user_id);
+        let subject = parse::subject(&mut wrong, "", &request.organization_id, &request.user_id);
         if !request.module.is_empty() {
-            check_key(&mut wrong, format_args!("module"), &request.module);
+            parse::check_key(&mut wrong, format_args!("module"), &request.module);
         }
-        let freshness = freshness(&mut wrong, request.consistency)?;
+        let freshness = parse::freshness(&mut wrong, request.consistency)?;
         let (Some(subject), true) = (subject, wrong.is_empty()) else {
             return Err(status::invalid(wrong));
         };
@@ -169,132 +168,121 @@ impl v1::permission_service_server::PermissionService for PermissionService {
             evidence: Some(known.evidence.into()),
         }))
     }
-}
 
-fn violation(
-    wrong: &mut Vec<FieldViolation>,
-    field: impl Into<String>,
-    description: impl Into<String>,
-) {
-    wrong.push(FieldViolation::new(field, description));
-}
-
-/// Parses both ids, so that a caller hears of both when both are wrong.
-fn subject(
-    wrong: &mut Vec<FieldViolation>,
-    prefix: &str,
-    organization: &str,
-    user: &str,
-) -> Option<Subject> {
-    let organization = id(wrong, format_args!("{prefix}organization_id"), organization);
-    let user = id(wrong, format_args!("{prefix}user_id"), user);
-    Some(Subject {
-        organization: OrganizationId(organization?),
-        user: UserId(user?),
-    })
-}
-
-/// Only the hyphenated form: it is what PostgreSQL prints, and one id must not have two spellings in a log.
-fn id(
-    wrong: &mut Vec<FieldViolation>,
-    field: std::fmt::Arguments<'_>,
-    value: &str,
-) -> Option<Uuid> {
-    const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
-    match Uuid::try_parse(value) {
-        Ok(id) if value.len() == HYPHENATED => Some(id),
-        _ if value.is_empty() => {
-            violation(wrong, field.to_string(), "is missing: a hyphenated UUID");
-            None
-        }
-        _ => {
-            violation(
-                wrong,
-                field.to_string(),
-                format!("must be a hyphenated UUID, not `{}`", shown(value)),
-            );
-            None
-        }
-    }
-}
-
-/// User input for a message: short and on one line.
-fn shown(value: &str) -> String {
-    let mut shown = String::new();
-    for c in value.escape_debug() {
-        if shown.len() + c.len_utf8() > SHOWN_BYTES_MAX {
-            break;
-        }
-        shown.push(c);
-    }
-    shown
-}
-
-/// A permission's or a module's key, as far as PostgreSQL can hold it.
-fn check_key(wrong: &mut Vec<FieldViolation>, field: std::fmt::Arguments<'_>, key: &str) {
-    if key.is_empty() || key.len() > KEY_BYTES_MAX {
-        let found = key.len();
-        violation(
-            wrong,
-            field.to_string(),
-            format!("must be 1 to {KEY_BYTES_MAX} bytes, not {found}"),
+    async fn list_permission_holders(
+        &self,
+        request: Request<v1::ListPermissionHoldersRequest>,
+    ) -> Result<Response<v1::ListPermissionHoldersResponse>, Status> {
+        let arrived = BootTime::now();
+        let request = request.into_inner();
+        let mut wrong = Vec::new();
+        let organization = parse::organization(&mut wrong, &request.organization_id);
+        parse::check_key(&mut wrong, format_args!("permission"), &request.permission);
+        let query = organization.map(|organization| PagedQuery {
+            call: "ListPermissionHolders",
+            id: organization.0,
+            key: &request.permission,
+        });
+        let bounds = parse::page(
+            &mut wrong,
+            request.page_size,
+            &request.page_token,
+            query.as_ref(),
         );
-    } else if key.contains('\0') {
-        violation(wrong, field.to_string(), "must not contain a NUL character");
+        // Either mode reads the database.
+        parse::freshness(&mut wrong, request.consistency)?;
+        let (Some(organization), Some(query), true) = (organization, query, wrong.is_empty())
+        else {
+            return Err(status::invalid(wrong));
+        };
+        let (store, permission) = (Arc::clone(&self.checker.store), request.permission.clone());
+        let list = async move {
+            let page = store
+                .permission_holders(organization, &permission, bounds)
+                .await?;
+            Ok((page.head, page))
+        };
+        let (page, evidence) = self.checker.read(arrived, list).await?;
+        let holders = page.rows.into_iter().map(|holder| v1::PermissionHolder {
+            user_id: holder.user.0.to_string(),
+            role: holder.role,
+            reason: v1::Reason::from(holder.reason).into(),
+        });
+        Ok(Response::new(v1::ListPermissionHoldersResponse {
+            holders: holders.collect(),
+            next_page_token: page.next.map_or_else(String::new, |next| query.token(next)),
+            evidence: Some(evidence.into()),
+        }))
     }
-}
 
-/// The mode asked for. A mode that is in the contract but not served is an error of its own kind.
-fn freshness(
-    wrong: &mut Vec<FieldViolation>,
-    consistency: Option<v1::Consistency>,
-) -> Result<Freshness, Status> {
-    use v1::consistency::Requirement;
-    let Some(consistency) = consistency else {
-        return Ok(Freshness::MinimizeLatency);
-    };
-    match consistency.requirement {
-        Some(Requirement::MinimizeLatency(true)) => {}
-        Some(Requirement::FullyConsistent(true)) => return Ok(Freshness::FullyConsistent),
-        Some(Requirement::MaxStaleness(_)) => return Err(status::not_served("max_staleness")),
-        Some(Requirement::AtLeastAsFresh(_)) => {
-            return Err(status::not_served("at_least_as_fresh"));
-        }
-        Some(Requirement::MinimizeLatency(false)) => {
-            violation(
-                wrong,
-                "consistency.minimize_latency",
-                "must be true when set",
-            );
-        }
-        Some(Requirement::FullyConsistent(false)) => {
-            violation(
-                wrong,
-                "consistency.fully_consistent",
-                "must be true when set",
-            );
-        }
-        None => violation(
-            wrong,
-            "consistency",
-            "holds no requirement that this server knows",
-        ),
+    async fn list_user_organizations(
+        &self,
+        request: Request<v1::ListUserOrganizationsRequest>,
+    ) -> Result<Response<v1::ListUserOrganizationsResponse>, Status> {
+        let arrived = BootTime::now();
+        let request = request.into_inner();
+        let mut wrong = Vec::new();
+        let user = parse::user(&mut wrong, &request.user_id);
+        let query = user.map(|user| PagedQuery {
+            call: "ListUserOrganizations",
+            id: user.0,
+            key: "",
+        });
+        let bounds = parse::page(
+            &mut wrong,
+            request.page_size,
+            &request.page_token,
+            query.as_ref(),
+        );
+        // Either mode reads the database.
+        parse::freshness(&mut wrong, request.consistency)?;
+        let (Some(user), Some(query), true) = (user, query, wrong.is_empty()) else {
+            return Err(status::invalid(wrong));
+        };
+        let store = Arc::clone(&self.checker.store);
+        let list = async move {
+            let page = store.user_organizations(user, bounds).await?;
+            Ok((page.head, page))
+        };
+        let (page, evidence) = self.checker.read(arrived, list).await?;
+        let organizations = page.rows.into_iter().map(|row| v1::UserOrganization {
+            organization_id: row.organization.0.to_string(),
+            role: row.role,
+        });
+        Ok(Response::new(v1::ListUserOrganizationsResponse {
+            organizations: organizations.collect(),
+            next_page_token: page.next.map_or_else(String::new, |next| query.token(next)),
+            evidence: Some(evidence.into()),
+        }))
     }
-    Ok(Freshness::MinimizeLatency)
-}
 
-fn parse_item((index, item): (usize, &v1::BatchCheckPermissionsItem)) -> Result<Subject, Status> {
-    let mut wrong = Vec::new();
-    let prefix = format!("items[{index}].");
-    let subject = subject(&mut wrong, &prefix, &item.organization_id, &item.user_id);
-    check_key(
-        &mut wrong,
-        format_args!("{prefix}permission"),
-        &item.permission,
-    );
-    match subject {
-        Some(subject) if wrong.is_empty() => Ok(subject),
-        _ => Err(status::invalid(wrong)),
+    async fn get_organization_summary(
+        &self,
+        request: Request<v1::GetOrganizationSummaryRequest>,
+    ) -> Result<Response<v1::GetOrganizationSummaryResponse>, Status> {
+        let arrived = BootTime::now();
+        let request = request.into_inner();
+        let mut wrong = Vec::new();
+        let organization = parse::organization(&mut wrong, &request.organization_id);
+        let freshness = parse::freshness(&mut wrong, request.consistency)?;
+        let (Some(organization), true) = (organization, wrong.is_empty()) else {
+            return Err(status::invalid(wrong));
+        };
+        // What must be fresh is counted, whatever the log says of the summary.
+        let from = match freshness {
+            Freshness::MinimizeLatency if self.checker.progress.log_is_believed() => {
+                ReadFrom::MatrixOrView
+            }
+            _ => ReadFrom::View,
+        };
+        let store = Arc::clone(&self.checker.store);
+        let read = async move { store.organization_summary(organization, from).await };
+        let (summary, evidence) = self.checker.read(arrived, read).await?;
+        let summary = summary.ok_or_else(|| status::organization_not_found(organization))?;
+        Ok(Response::new(v1::GetOrganizationSummaryResponse {
+            summary: Some(summary_message(organization, summary)),
+            evidence: Some(evidence.into()),
+        }))
     }
 }
 
@@ -377,6 +365,25 @@ fn explained_response(explanation: Explanation, evidence: Evidence) -> v1::Check
             enabled: explanation.enabled,
             specific_user: explanation.specific_user,
         }),
+    }
+}
+
+fn summary_message(
+    organization: OrganizationId,
+    summary: OrganizationSummary,
+) -> v1::OrganizationSummary {
+    v1::OrganizationSummary {
+        organization_id: organization.0.to_string(),
+        organization_name: summary.name,
+        total_available_permissions: summary.total_available_permissions,
+        total_custom_permissions: summary.total_custom_permissions,
+        enabled_custom_permissions: summary.enabled_custom_permissions,
+        disabled_custom_permissions: summary.disabled_custom_permissions,
+        admin_only_permissions: summary.admin_only_permissions,
+        board_member_permissions: summary.board_member_permissions,
+        committee_lead_permissions: summary.committee_lead_permissions,
+        volunteer_permissions: summary.volunteer_permissions,
+        last_permission_update: summary.last_permission_update.map(Into::into),
     }
 }
 

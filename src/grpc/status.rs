@@ -6,7 +6,7 @@ use prost::Message;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt, pb};
 
-use crate::loader::LoadError;
+use crate::{loader::LoadError, model::OrganizationId};
 
 const DOMAIN: &str = "hallpass";
 
@@ -34,6 +34,16 @@ pub(super) fn not_served(mode: &str) -> Status {
     Status::with_error_details(
         Code::Unimplemented,
         format!("consistency.{mode} is not served yet; use minimize_latency or fully_consistent"),
+        details,
+    )
+}
+
+/// There is no such organization.
+pub(super) fn organization_not_found(organization: OrganizationId) -> Status {
+    let details = ErrorDetails::with_error_info("ORGANIZATION_NOT_FOUND", DOMAIN, HashMap::new());
+    Status::with_error_details(
+        Code::NotFound,
+        format!("no organization has the id {}", organization.0),
         details,
     )
 }

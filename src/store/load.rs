@@ -200,7 +200,7 @@ fn decode_subject(row: &Row) -> Result<Subject, StoreError> {
     })
 }
 
-fn decode_reason(name: &str) -> Result<Reason, StoreError> {
+pub(super) fn decode_reason(name: &str) -> Result<Reason, StoreError> {
     Reason::from_sql(name).ok_or_else(|| StoreError::Wrong(format!("unknown reason `{name}`")))
 }
 

@@ -3,11 +3,11 @@
 use std::{future::poll_fn, sync::Arc, time::Duration};
 
 use tokio::sync::Notify;
-use tokio_postgres::{AsyncMessage, Client, NoTls, Row, Statement};
+use tokio_postgres::{AsyncMessage, Client, Row, Statement};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use super::{CONNECT_TIMEOUT, DatabaseUrl, StoreError, describe, load};
+use super::{DatabaseUrl, StoreError, connect, describe, load};
 use crate::model::{Change, OrganizationId, Position, Subject, UserId};
 
 /// How long the database may work on one page. A page that takes longer is no use to anybody who waits for it.
@@ -52,7 +52,7 @@ pub struct Page {
 /// Entries first, then each one's rows, each limited: a page costs the same in the middle of a large entry. An entry
 /// that touches everything needs none of its rows. Of an override, `users` are those whose mention changed, when
 /// nothing else did; a list of lists, which PostgreSQL allows and nobody means, is not taken apart.
-const READ_PAGE: &str = "
+pub const READ_PAGE: &str = "
 SELECT pg_is_in_recovery(),
        $1::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $1 AND uid = $2::integer),
        page.seq, page.uid, page.everything, page.n, page.org_id, page.affected_user_id, page.users
@@ -110,11 +110,7 @@ impl LogReader {
     /// When the database cannot be reached or will not have us.
     pub async fn open(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let config = url.with_statement_timeout(Some(PAGE_TIMEOUT));
-        let (client, mut connection) = tokio::time::timeout(CONNECT_TIMEOUT, config.connect(NoTls))
-            .await
-            .map_err(|_| {
-                StoreError::Unavailable(format!("no connection within {CONNECT_TIMEOUT:?}"))
-            })??;
+        let (client, mut connection) = connect(&config).await?;
         let more = Arc::new(Notify::new());
         let notified = Arc::clone(&more);
         let driver = AbortOnDropHandle::new(tokio::spawn(async move {
@@ -206,11 +202,14 @@ fn read_row(row: &Row, page: &mut Page) -> Result<(), StoreError> {
     let Some(seq) = row.try_get::<_, Option<i64>>(2)? else {
         return Ok(());
     };
-    // Rows of an entry without audit rows (they may have been removed) have no number.
+    // An entry without audit rows, which retention or their owner may have removed, does not say what it changed; one that the page
+    // before has read to its end has none left.
     let n: Option<i32> = row.try_get(5)?;
+    let is_new = seq > page.next.entry.seq;
     page.next.entry = load::decode_head(row, 2)?;
     page.next.row = n.unwrap_or(Cursor::WHOLE);
-    if row.try_get::<_, Option<bool>>(4)?.unwrap_or(false) {
+    let touches_everything = row.try_get::<_, Option<bool>>(4)?.unwrap_or(false);
+    if touches_everything || (n.is_none() && is_new) {
         page.changes.push((seq, Change::Everything));
         return Ok(());
     }

@@ -35,6 +35,9 @@ pub const MIGRATIONS: &[Migration] = migrations![
     4 "0004_decisions",
     5 "0005_functions",
     6 "0006_inspect",
+    7 "0007_lists",
+    8 "0008_retention",
+    9 "0009_analysis",
 ];
 
 /// A file whose first line is this runs outside a transaction, statement by statement; each ends its line with `;`.

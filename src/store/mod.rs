@@ -4,6 +4,7 @@
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
 pub mod demo;
+pub mod lists;
 pub mod load;
 pub mod log;
 pub mod migrations;
@@ -18,8 +19,11 @@ use deadpool_postgres::{
 use thiserror::Error;
 use tokio::time::timeout;
 use tokio_postgres::{
-    Client, Config, Connection, NoTls, Row, Socket, config::TargetSessionAttrs, error::SqlState,
-    tls::NoTlsStream, types::ToSql,
+    Client, Config, Connection, NoTls, Row, Socket,
+    config::{SslMode, TargetSessionAttrs},
+    error::SqlState,
+    tls::NoTlsStream,
+    types::ToSql,
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -28,6 +32,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// After this long without an acknowledgement the kernel gives a connection up.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection that waits for a long statement is probed after this long, so that a peer that is gone is noticed.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 
 /// What went wrong with the database, by what to do next.
 #[derive(Debug, Error)]
@@ -122,24 +129,31 @@ impl FromStr for DatabaseUrl {
         if config.get_user().is_none() {
             return Err("no user".to_owned());
         }
+        if config.get_ssl_mode() == SslMode::Require {
+            return Err(
+                "sslmode=require: connections to the database are not encrypted yet".to_owned(),
+            );
+        }
         if config.get_application_name().is_none() {
             config.application_name("hallpass");
         }
         config
             .target_session_attrs(TargetSessionAttrs::ReadWrite)
             .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_user_timeout(TCP_USER_TIMEOUT);
+            .tcp_user_timeout(TCP_USER_TIMEOUT)
+            .keepalives_idle(KEEPALIVE_IDLE);
         Ok(Self(config))
     }
 }
 
 impl DatabaseUrl {
-    /// The same database with a limit on how long any statement may run; `None` for none.
+    /// The same database with a limit on how long any statement may run, `None` for none; and READ COMMITTED, in
+    /// which a statement's snapshot is younger than the locks taken before it.
     fn with_statement_timeout(&self, timeout: Option<Duration>) -> Config {
         let mut config = self.0.clone();
         let millis = timeout.map_or(0, |timeout| timeout.as_millis());
         let options = format!(
-            "{} -c statement_timeout={millis}",
+            "{} -c statement_timeout={millis} -c default_transaction_isolation=read\\ committed",
             self.0.get_options().unwrap_or_default()
         );
         config.options(options.trim_start());

@@ -1,5 +1,5 @@
 //! What the service does to the database in the background: inspection, refresh of the matrix, clearing of entries
-//! that are numbered.
+//! that are numbered, the audit log's partitions and its retention.
 
 use super::{DedicatedConnection, StoreError};
 
@@ -28,6 +28,30 @@ const REFRESH: &str = "SELECT public.refresh_permission_materialized_views()";
 const CLEAR_PENDING: &str = "
 DELETE FROM hallpass.log_pending
 WHERE ctid = ANY (ARRAY(SELECT ctid FROM hallpass.log_pending LIMIT 100000))";
+
+const TRY_MAINTENANCE_LOCK: &str = "SELECT pg_try_advisory_xact_lock(1751215212, 4)";
+
+const MAKE_PARTITIONS: &str = "CALL hallpass.make_audit_partitions()";
+
+const IS_HELD: &str = "SELECT EXISTS (SELECT FROM hallpass.legal_hold WHERE lifted_at IS NULL)";
+
+const REMOVE_EXPIRED: &str = "SELECT audit_rows, is_done FROM hallpass.remove_expired($1, $2)";
+
+/// Rows of each table that one transaction of retention removes: a fraction of a second.
+const EXPIRED_ROWS_MAX: i32 = 10_000;
+
+/// What one step of retention did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retention {
+    /// A legal hold forbids it.
+    Held,
+    /// Another replica is at it.
+    Elsewhere,
+    /// It removed so many audit rows, and perhaps rows of the log; there may be more to remove.
+    Removed(i64),
+    /// As `Removed`, and nothing is left to remove.
+    Done(i64),
+}
 
 impl DedicatedConnection {
     /// # Errors
@@ -74,5 +98,49 @@ impl DedicatedConnection {
     /// When the database is away.
     pub async fn clear_pending(&self) -> Result<u64, StoreError> {
         Ok(self.client.execute(CLEAR_PENDING, &[]).await?)
+    }
+
+    /// Makes the audit log's partitions of this month and the next two, unless another replica is at it.
+    ///
+    /// # Errors
+    /// When the database is away, or somebody holds the audit log.
+    pub async fn make_audit_partitions(&mut self) -> Result<(), StoreError> {
+        let transaction = self.client.transaction().await?;
+        if transaction
+            .query_one(TRY_MAINTENANCE_LOCK, &[])
+            .await?
+            .try_get(0)?
+        {
+            transaction.execute(MAKE_PARTITIONS, &[]).await?;
+        }
+        Ok(transaction.commit().await?)
+    }
+
+    /// Takes one step of retention, in a transaction of its own.
+    ///
+    /// # Errors
+    /// When the database is away, or somebody holds the audit log.
+    pub async fn remove_expired(&mut self, retention_days: i32) -> Result<Retention, StoreError> {
+        let transaction = self.client.transaction().await?;
+        if transaction.query_one(IS_HELD, &[]).await?.try_get(0)? {
+            return Ok(Retention::Held);
+        }
+        if !transaction
+            .query_one(TRY_MAINTENANCE_LOCK, &[])
+            .await?
+            .try_get::<_, bool>(0)?
+        {
+            return Ok(Retention::Elsewhere);
+        }
+        let step = transaction
+            .query_one(REMOVE_EXPIRED, &[&retention_days, &EXPIRED_ROWS_MAX])
+            .await?;
+        let (audit_rows, is_done) = (step.try_get(0)?, step.try_get(1)?);
+        transaction.commit().await?;
+        Ok(if is_done {
+            Retention::Done(audit_rows)
+        } else {
+            Retention::Removed(audit_rows)
+        })
     }
 }

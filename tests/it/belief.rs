@@ -31,7 +31,8 @@ INSERT INTO organization_permissions (org_id, permission_key, min_role_required)
 SELECT refresh_permission_materialized_views()";
 
 /// In one statement, hence one snapshot: how many decisions of `hallpass.load_in_snapshot` (what `hallpass.load` calls
-/// after its locks) and of the live view are not in the other, and how many organizations the matrix was believed for. All
+/// after its locks) and of the live view are not in the other, or counts of an organization differ from the counts of
+/// `org_permission_summary` that are believed, and how many organizations the matrix was believed for. All
 /// pairs of an organization and a user are asked.
 const COMPARE: &str = "
 WITH asked AS (
@@ -46,7 +47,10 @@ WITH asked AS (
     SELECT org_id, user_id, role, permission_key, reason, effective_min_role, is_enabled
     FROM effective_user_permissions
 )
-SELECT (SELECT count(*) FROM (TABLE loaded EXCEPT TABLE live) x) + (SELECT count(*) FROM (TABLE live EXCEPT TABLE loaded) x),
+SELECT (SELECT count(*) FROM (TABLE loaded EXCEPT TABLE live) x) + (SELECT count(*) FROM (TABLE live EXCEPT TABLE loaded) x)
+       + (SELECT count(*) FROM generate_series(1, $orgs) i
+          WHERE (SELECT s::text FROM hallpass.organization_summary_in_snapshot(id('org' || i), true) s)
+                IS DISTINCT FROM (SELECT s::text FROM hallpass.organization_summary_in_snapshot(id('org' || i), false) s)),
        (SELECT count(*) FROM generate_series(1, $orgs) i WHERE hallpass.matrix_is_true(id('org' || i)))";
 
 const REFRESH: &str = "SELECT refresh_permission_materialized_views()";

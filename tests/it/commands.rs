@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// What no command here should take.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 const ALLOW: i32 = 0;
 const DENY: i32 = 1;
@@ -571,7 +571,7 @@ async fn the_demo_s_commands_do_what_it_says_and_its_answers_come_from_the_cache
     let ran = sh(deny).await;
     assert_eq!(ran.code, DENY, "{ran:?}");
     assert!(ran.out.starts_with("deny   ROLE_TOO_LOW\n"), "{ran:?}");
-    assert!(ran.out.contains("minimum role   board_member"), "{ran:?}");
+    assert!(ran.out.contains("from the cache"), "{ran:?}");
     let ran = sh(promote).await;
     assert_eq!((ran.code, &*ran.out), (0, "UPDATE 1\n"), "{ran:?}");
     // The change needs a moment, less than it takes to paste the command.

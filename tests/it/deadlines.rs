@@ -18,7 +18,7 @@ const DEADLINE_MAX: Duration = Duration::from_secs(2);
 const PROMPT: Duration = Duration::from_secs(4);
 
 /// The refresh in the background is nobody's question.
-const WAITING: &str = "
+pub(crate) const WAITING: &str = "
 SELECT count(*)::integer FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'hallpass' AND wait_event_type = 'Lock'
   AND query NOT LIKE '%refresh%'";

@@ -176,6 +176,25 @@ async fn a_commit_reaches_cached_answers_by_itself() {
     server.stop().await;
 }
 
+/// Whoever owns the audit log can delete from it; what is left of the entry says only that there was one.
+#[tokio::test]
+async fn a_change_whose_audit_rows_are_deleted_reaches_cached_answers() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let server = Server::start(config(&database.url)).await;
+    while !server.check("lincoln", "bob", APPROVE).await.is_cached() {}
+    let change = "
+        BEGIN;
+        UPDATE public.profiles SET role = 'volunteer';
+        DELETE FROM public.permission_audit_log WHERE change_type = 'UPDATE';
+        COMMIT";
+    client.batch_execute(change).await.unwrap();
+    let (allow, deny) = ("allow GRANTED_BY_ROLE", "deny ROLE_TOO_LOW");
+    until_changed(&server, head(&client).await, allow, deny).await;
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn a_batch_is_as_fresh_as_its_stalest_answer() {
     let database = Database::create().await;

@@ -138,7 +138,7 @@ fn from_message(error: &pb::Status) -> Status {
 }
 
 /// The fields that an INVALID_ARGUMENT names. Everything else that must be so of one is asserted.
-fn wrong_fields(status: &Status) -> Vec<String> {
+pub(crate) fn wrong_fields(status: &Status) -> Vec<String> {
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
     assert_is_decent(status);
     let violations = status.get_details_bad_request().unwrap().field_violations;
@@ -150,7 +150,7 @@ fn wrong_fields(status: &Status) -> Vec<String> {
 }
 
 /// What every error has: a reason of ours, and nothing of the machinery.
-fn assert_is_decent(status: &Status) {
+pub(crate) fn assert_is_decent(status: &Status) {
     let info = status.get_details_error_info().unwrap();
     assert_eq!(info.domain, "hallpass");
     assert!(!info.reason.is_empty());

@@ -6,6 +6,7 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod analysis;
 mod belief;
 mod bypass;
 mod commands;
@@ -18,6 +19,7 @@ mod feed;
 mod freshness;
 mod inspect;
 mod limits;
+mod lists;
 mod log;
 mod matrix;
 mod migrate;
@@ -29,6 +31,7 @@ mod privileges;
 mod property;
 mod proxy;
 mod race;
+mod retention;
 mod scenario;
 mod scenarios;
 mod server;

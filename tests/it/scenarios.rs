@@ -16,13 +16,13 @@ use crate::{
 };
 
 /// Often enough that some answers are loaded from a believed matrix, and some while it is refreshed.
-const REFRESH_INTERVAL: Duration = Duration::from_millis(200);
+pub(crate) const REFRESH_INTERVAL: Duration = Duration::from_millis(200);
 
 /// One scenario on its way through its steps.
-struct Run<'a> {
-    scenario: &'a Scenario,
+pub(crate) struct Run<'a> {
+    pub(crate) scenario: &'a Scenario,
     database: &'a Database,
-    client: &'a mut Client,
+    pub(crate) client: &'a mut Client,
     /// The connections that its steps name.
     sessions: BTreeMap<&'a str, Client>,
     failures: Vec<String>,
@@ -90,14 +90,14 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn fail(&mut self, line: String) {
+    pub(crate) fn fail(&mut self, line: String) {
         self.failures
             .push(format!("{}: {line}", self.scenario.file));
     }
 }
 
 /// Runs every file; `check` is called after the data and after each step.
-async fn run_all(database: &Database, mut check: impl AsyncFnMut(&mut Run<'_>, &World)) {
+pub(crate) async fn run_all(database: &Database, mut check: impl AsyncFnMut(&mut Run<'_>, &World)) {
     let mut client = database.client().await;
     let mut failures = Vec::new();
     for scenario in scenario::all() {

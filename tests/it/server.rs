@@ -69,6 +69,8 @@ pub(crate) fn config(url: &str) -> Config {
         warm_up_max: Duration::from_secs(10),
         matrix_refresh_interval: Duration::from_secs(30),
         inspection_interval: config::INSPECTION_INTERVAL,
+        audit_retention_days: None,
+        maintenance_interval: config::MAINTENANCE_INTERVAL,
         lame_duck: Duration::ZERO,
         drain_max: config::DRAIN_MAX,
     }

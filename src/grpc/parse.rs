@@ -1,0 +1,328 @@
+//! Requests parsed: ids, keys, freshness, pages. Each function adds what is wrong to a list, so that a caller hears of
+//! every wrong field at once.
+
+use tonic::Status;
+use tonic_types::FieldViolation;
+use uuid::Uuid;
+
+use super::{status, v1};
+use crate::{
+    check::Freshness,
+    model::{OrganizationId, Subject, UserId},
+    store::lists::PageBounds,
+};
+
+/// Bytes of a permission key or module name.
+const KEY_BYTES_MAX: usize = 255;
+
+/// Bytes of user input that a message repeats.
+const SHOWN_BYTES_MAX: usize = 64;
+
+/// Rows of a page whose size is left to us.
+const PAGE_SIZE_DEFAULT: u16 = 100;
+
+/// Rows of a page, well within the 4 MiB that clients take and the statement's time.
+const PAGE_SIZE_MAX: u16 = 1_000;
+
+pub(super) fn violation(
+    wrong: &mut Vec<FieldViolation>,
+    field: impl Into<String>,
+    description: impl Into<String>,
+) {
+    wrong.push(FieldViolation::new(field, description));
+}
+
+/// Parses both ids, so that a caller hears of both when both are wrong.
+pub(super) fn subject(
+    wrong: &mut Vec<FieldViolation>,
+    prefix: &str,
+    organization: &str,
+    user: &str,
+) -> Option<Subject> {
+    let organization = id(wrong, format_args!("{prefix}organization_id"), organization);
+    let user = id(wrong, format_args!("{prefix}user_id"), user);
+    Some(Subject {
+        organization: OrganizationId(organization?),
+        user: UserId(user?),
+    })
+}
+
+pub(super) fn organization(wrong: &mut Vec<FieldViolation>, value: &str) -> Option<OrganizationId> {
+    id(wrong, format_args!("organization_id"), value).map(OrganizationId)
+}
+
+pub(super) fn user(wrong: &mut Vec<FieldViolation>, value: &str) -> Option<UserId> {
+    id(wrong, format_args!("user_id"), value).map(UserId)
+}
+
+/// Only the hyphenated form: it is what PostgreSQL prints, and one id must not have two spellings in a log.
+fn id(
+    wrong: &mut Vec<FieldViolation>,
+    field: std::fmt::Arguments<'_>,
+    value: &str,
+) -> Option<Uuid> {
+    const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
+    match Uuid::try_parse(value) {
+        Ok(id) if value.len() == HYPHENATED => Some(id),
+        _ if value.is_empty() => {
+            violation(wrong, field.to_string(), "is missing: a hyphenated UUID");
+            None
+        }
+        _ => {
+            violation(
+                wrong,
+                field.to_string(),
+                format!("must be a hyphenated UUID, not `{}`", shown(value)),
+            );
+            None
+        }
+    }
+}
+
+/// User input for a message: short and on one line.
+fn shown(value: &str) -> String {
+    let mut shown = String::new();
+    for c in value.escape_debug() {
+        if shown.len() + c.len_utf8() > SHOWN_BYTES_MAX {
+            break;
+        }
+        shown.push(c);
+    }
+    shown
+}
+
+/// A permission's or a module's key, as far as PostgreSQL can hold it.
+pub(super) fn check_key(
+    wrong: &mut Vec<FieldViolation>,
+    field: std::fmt::Arguments<'_>,
+    key: &str,
+) {
+    if key.is_empty() || key.len() > KEY_BYTES_MAX {
+        let found = key.len();
+        violation(
+            wrong,
+            field.to_string(),
+            format!("must be 1 to {KEY_BYTES_MAX} bytes, not {found}"),
+        );
+    } else if key.contains('\0') {
+        violation(wrong, field.to_string(), "must not contain a NUL character");
+    }
+}
+
+/// The mode asked for. A mode that is in the contract but not served is an error of its own kind.
+pub(super) fn freshness(
+    wrong: &mut Vec<FieldViolation>,
+    consistency: Option<v1::Consistency>,
+) -> Result<Freshness, Status> {
+    use v1::consistency::Requirement;
+    let Some(consistency) = consistency else {
+        return Ok(Freshness::MinimizeLatency);
+    };
+    match consistency.requirement {
+        Some(Requirement::MinimizeLatency(true)) => {}
+        Some(Requirement::FullyConsistent(true)) => return Ok(Freshness::FullyConsistent),
+        Some(Requirement::MaxStaleness(_)) => return Err(status::not_served("max_staleness")),
+        Some(Requirement::AtLeastAsFresh(_)) => {
+            return Err(status::not_served("at_least_as_fresh"));
+        }
+        Some(Requirement::MinimizeLatency(false)) => {
+            violation(
+                wrong,
+                "consistency.minimize_latency",
+                "must be true when set",
+            );
+        }
+        Some(Requirement::FullyConsistent(false)) => {
+            violation(
+                wrong,
+                "consistency.fully_consistent",
+                "must be true when set",
+            );
+        }
+        None => violation(
+            wrong,
+            "consistency",
+            "holds no requirement that this server knows",
+        ),
+    }
+    Ok(Freshness::MinimizeLatency)
+}
+
+pub(super) fn parse_item(
+    (index, item): (usize, &v1::BatchCheckPermissionsItem),
+) -> Result<Subject, Status> {
+    let mut wrong = Vec::new();
+    let prefix = format!("items[{index}].");
+    let subject = subject(&mut wrong, &prefix, &item.organization_id, &item.user_id);
+    check_key(
+        &mut wrong,
+        format_args!("{prefix}permission"),
+        &item.permission,
+    );
+    match subject {
+        Some(subject) if wrong.is_empty() => Ok(subject),
+        _ => Err(status::invalid(wrong)),
+    }
+}
+
+/// The query that a page belongs to: what must be the same from page to page.
+pub(super) struct PagedQuery<'a> {
+    pub(super) call: &'static str,
+    pub(super) id: Uuid,
+    pub(super) key: &'a str,
+}
+
+impl PagedQuery<'_> {
+    fn digest(&self) -> u128 {
+        let mut hasher = blake3::Hasher::new();
+        // The only part that has no fixed length comes last, and calls hold no NUL.
+        hasher
+            .update(self.call.as_bytes())
+            .update(&[0])
+            .update(self.id.as_bytes())
+            .update(self.key.as_bytes());
+        let mut digest = [0; 16];
+        hasher.finalize_xof().fill(&mut digest);
+        u128::from_be_bytes(digest)
+    }
+
+    /// The token of the page of this query that begins with the id `first`.
+    ///
+    /// Not signed: whoever makes one up gets a page that it may have asked for anyway.
+    pub(super) fn token(&self, first: Uuid) -> String {
+        format!(
+            "{TOKEN_VERSION}{:032x}{:032x}",
+            self.digest(),
+            first.as_u128()
+        )
+    }
+}
+
+/// Leads a token. Another version would have another form.
+const TOKEN_VERSION: char = '1';
+
+/// The page asked for. Without a query, which is malformed then, a token is judged by its form alone.
+pub(super) fn page(
+    wrong: &mut Vec<FieldViolation>,
+    size: i32,
+    token: &str,
+    query: Option<&PagedQuery<'_>>,
+) -> PageBounds {
+    if size < 0 {
+        violation(wrong, "page_size", format!("must be 0 or more, not {size}"));
+    }
+    let size = match u16::try_from(size) {
+        Ok(0) => PAGE_SIZE_DEFAULT,
+        Ok(size) => size.min(PAGE_SIZE_MAX),
+        Err(_) => PAGE_SIZE_MAX,
+    };
+    let first = match token_parts(token) {
+        _ if token.is_empty() => Uuid::nil(),
+        None => {
+            violation(wrong, "page_token", "is no token of this service");
+            Uuid::nil()
+        }
+        Some((digest, _)) if query.is_some_and(|query| query.digest() != digest) => {
+            violation(wrong, "page_token", "belongs to another query");
+            Uuid::nil()
+        }
+        Some((_, first)) => first,
+    };
+    PageBounds { first, size }
+}
+
+/// The digest of the query and the first id.
+fn token_parts(token: &str) -> Option<(u128, Uuid)> {
+    let digits = token.strip_prefix(TOKEN_VERSION)?;
+    // The parser would take a sign and capitals too.
+    let is_hex = |c: u8| matches!(c, b'0'..=b'9' | b'a'..=b'f');
+    if digits.len() != 64 || !digits.bytes().all(is_hex) {
+        return None;
+    }
+    let (digest, first) = digits.split_at(32);
+    let number = |hex| u128::from_str_radix(hex, 16).ok();
+    Some((number(digest)?, Uuid::from_u128(number(first)?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QUERY: PagedQuery<'_> = PagedQuery {
+        call: "List",
+        id: Uuid::from_u128(7),
+        key: "can_view",
+    };
+
+    fn complaint(size: i32, token: &str) -> Result<PageBounds, String> {
+        let mut wrong = Vec::new();
+        let bounds = page(&mut wrong, size, token, Some(&QUERY));
+        match wrong.pop() {
+            None => Ok(bounds),
+            Some(violation) => Err(violation.field),
+        }
+    }
+
+    #[test]
+    fn a_token_leads_to_its_page_and_only_in_its_query() {
+        for first in [Uuid::nil(), Uuid::from_u128(0xabc), Uuid::max()] {
+            let bounds = complaint(0, &QUERY.token(first)).unwrap();
+            assert_eq!(bounds.first, first);
+        }
+        let others = [
+            PagedQuery {
+                call: "Lis",
+                ..QUERY
+            },
+            PagedQuery {
+                id: Uuid::from_u128(8),
+                ..QUERY
+            },
+            PagedQuery {
+                key: "can_vie",
+                ..QUERY
+            },
+        ];
+        for other in others {
+            let token = other.token(Uuid::from_u128(1));
+            assert_eq!(complaint(0, &token), Err("page_token".to_owned()));
+        }
+    }
+
+    #[test]
+    fn what_is_no_token_is_refused() {
+        let token = QUERY.token(Uuid::from_u128(0xabc));
+        let garbage = [
+            " ".to_owned(),
+            "1".to_owned(),
+            token[1..].to_owned(),
+            format!("2{}", &token[1..]),
+            token[..64].to_owned(),
+            format!("{token}0"),
+            token.to_uppercase(),
+            format!("1+{}", &token[2..]),
+            "é".repeat(33),
+        ];
+        for garbage in garbage {
+            assert_eq!(
+                complaint(0, &garbage),
+                Err("page_token".to_owned()),
+                "{garbage}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_size_is_100_unless_it_is_given_and_1000_at_most() {
+        for (asked, size) in [
+            (0, 100),
+            (1, 1),
+            (1_000, 1_000),
+            (1_001, 1_000),
+            (i32::MAX, 1_000),
+        ] {
+            assert_eq!(complaint(asked, "").unwrap().size, size);
+        }
+        assert_eq!(complaint(-1, ""), Err("page_size".to_owned()));
+    }
+}

@@ -21,7 +21,7 @@ ifeq ($(NODE_EXTRA_CA_CERTS),)
 export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
-.PHONY: help demo test lint lint-rust lint-proto lint-scripts freeze mutants figures
+.PHONY: help demo test lint lint-mutants lint-rust lint-proto lint-scripts freeze mutants figures
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -36,7 +36,7 @@ test: ## run all tests, on a PostgreSQL of their own
 	@tools/prerequisites.sh rust cc postgresql
 	$(CARGO) test --workspace --locked
 
-lint: lint-rust lint-proto lint-scripts ## check formatting, lints, documentation, the contract and the scripts
+lint: lint-mutants lint-rust lint-proto lint-scripts ## check formatting, lints, documentation, the contract and the scripts
 
 lint-rust:
 	@tools/prerequisites.sh rust rust-lints cc
@@ -54,6 +54,10 @@ lint-proto: $(BUF)
 lint-scripts:
 	@tools/prerequisites.sh shellcheck
 	shellcheck $(SCRIPTS)
+
+# Whoever changes the code around a safety check changes the patch that takes it out.
+lint-mutants:
+	@for patch in tests/mutants/*.patch; do git apply --check $$patch || exit 1; done
 
 freeze: $(BUF) ## freeze what was added to the contract, so that it can never change
 	$(BUF) breaking --against $(IMAGE)

@@ -202,8 +202,8 @@ fn read_row(row: &Row, page: &mut Page) -> Result<(), StoreError> {
     let Some(seq) = row.try_get::<_, Option<i64>>(2)? else {
         return Ok(());
     };
-    // An entry without audit rows, which retention or their owner may have removed, does not say what it changed; one that the page
-    // before has read to its end has none left.
+    // An entry without audit rows, which retention or their owner may have removed, does not say what it changed; one
+    // that the page before has read to its end has none left.
     let n: Option<i32> = row.try_get(5)?;
     let is_new = seq > page.next.entry.seq;
     page.next.entry = load::decode_head(row, 2)?;

@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, pin::pin, process::ExitCode};
 
+use anyhow::Context;
 use uuid::Uuid;
 
 use super::{
@@ -105,17 +106,16 @@ async fn load(database: &Database) -> anyhow::Result<Sample> {
     }
     let first = &district[0];
     let member = |role| {
-        first
-            .members
-            .iter()
-            .find(|member| member.role == role)
+        let found = first.members.iter().find(|member| member.role == role);
+        found
             .map(|member| member.user_id)
+            .with_context(|| format!("the district has no {role}"))
     };
     let sample = Sample {
         organization: first.id,
         name: first.name.clone(),
-        board_member: member("board_member").unwrap_or_default(),
-        volunteer: member("volunteer").unwrap_or_default(),
+        board_member: member("board_member")?,
+        volunteer: member("volunteer")?,
     };
     // Whoever ran the demo before has pasted the third command.
     connection

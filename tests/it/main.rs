@@ -6,6 +6,8 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod adopted_scenarios;
+mod adoption;
 mod analysis;
 mod belief;
 mod bypass;
@@ -30,6 +32,7 @@ mod outage;
 mod privileges;
 mod property;
 mod proxy;
+mod pto;
 mod race;
 mod retention;
 mod scenario;

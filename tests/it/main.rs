@@ -6,6 +6,7 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod adopted;
 mod adopted_scenarios;
 mod adoption;
 mod analysis;

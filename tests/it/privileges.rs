@@ -42,7 +42,7 @@ ALTER DEFAULT PRIVILEGES GRANT ALL ON SCHEMAS TO anon, authenticated, PUBLIC";
 
 /// All there is, since nothing else was made in the database: everything of the schemas `public` and `hallpass`, types
 /// aside, whose USAGE every PUBLIC has and which opens nothing.
-const PRIVILEGES: &str = "
+pub(crate) const PRIVILEGES: &str = "
 WITH object AS (
     SELECT 'schema ' || nspname AS name, nspowner AS owner, coalesce(nspacl, acldefault('n', nspowner)) AS acl
     FROM pg_namespace WHERE nspname = 'hallpass'

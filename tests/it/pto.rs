@@ -10,11 +10,14 @@ use tokio_postgres::Client;
 
 use crate::{
     database::{Database, SUPERUSER, Shape, connect, template, url_as},
-    names::Names,
+    names::{Names, id},
     sql::run,
 };
 
 pub(crate) const OWNER: &str = "pto_owner";
+
+/// The name that PTO Connect's audit log has in an adopted database.
+pub(crate) const OLD_AUDIT_LOG: &str = "permission_audit_log_before_hallpass";
 
 const ROLES: &str = include_str!("../adoption/roles.sql");
 const SUPABASE: &str = include_str!("../adoption/supabase.sql");
@@ -27,6 +30,7 @@ const PHASE_2: &str = include_str!("../adoption/phase2.sql");
 const PHASE_2_A: &str = include_str!("../adoption/phase2_a.sql");
 const PHASE_2_B: &str = include_str!("../adoption/phase2_b.sql");
 const ROWS: &str = include_str!("../adoption/rows.sql");
+const ROWS_A: &str = include_str!("../adoption/rows_a.sql");
 const PHASE_2_ROWS: &str = include_str!("../adoption/phase2_rows.sql");
 
 /// A scenario empties `profiles` with TRUNCATE, which no foreign key may lead to.
@@ -34,7 +38,7 @@ const RELAX_PHASE_2: &str = "ALTER TABLE permission_audit_log DROP CONSTRAINT pe
 
 /// Whom the rows speak of.
 const ORGANIZATIONS: [&str; 3] = ["lincoln", "franklin", "madison"];
-const USERS: [&str; 9] = [
+pub(crate) const USERS: [&str; 9] = [
     "ann", "bob", "cam", "vic", "pat", "tia", "dan", "eve", "lou",
 ];
 
@@ -88,6 +92,9 @@ impl Pto {
                 add_phase_2(&owner, shape).await;
             }
             run(&owner, &resolve(shape, ROWS)).await;
+            if shape == Shape::A {
+                run(&owner, ROWS_A).await;
+            }
             if phase == Phase::Two {
                 run(&owner, &resolve(shape, PHASE_2_ROWS)).await;
             }
@@ -123,6 +130,15 @@ pub(crate) fn resolve(shape: Shape, sql: &str) -> String {
     let names = Names::new(set(&ORGANIZATIONS), set(&USERS), BTreeSet::new()).unwrap();
     let sql = sql.replace(":user", shape.user_column());
     names.resolve(&sql).unwrap()
+}
+
+/// Makes the session one that the API gives to a user.
+pub(crate) async fn log_in(client: &Client, user: &str) {
+    let claims = format!(
+        "RESET ROLE; SELECT set_config('request.jwt.claims', '{{\"sub\": \"{}\"}}', false); SET ROLE authenticated",
+        id(user)
+    );
+    run(client, &claims).await;
 }
 
 /// Roles are the cluster's: made once, for two at once would meet.

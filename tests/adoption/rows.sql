@@ -4,7 +4,7 @@
 INSERT INTO organizations (id, name, slug, signup_code) VALUES
     (:lincoln, 'Lincoln PTO', 'lincoln', 'LIN-1'),
     (:franklin, 'Franklin PTA', 'franklin', 'FRA-1'),
-    (:madison, 'Madison, without members', 'madison', 'MAD-1');
+    (:madison, 'Madison PTA', 'madison', 'MAD-1');    -- without members
 
 INSERT INTO auth.users (id, email)
 SELECT id, email FROM (VALUES

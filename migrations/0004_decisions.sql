@@ -1,8 +1,11 @@
 -- What a decision is. It is written in effective_user_permissions and nowhere else; the matrix is a copy of it that
 -- knows how old it is, and hallpass.load is the one place that says when the copy may be believed.
+--
+-- The views are made and filled in schema hallpass and get their names in public with the functions (0005), in one short
+-- transaction.
 
 -- One row a (member, permission). A permission without a template and a user without a membership have no row.
-CREATE VIEW public.effective_user_permissions AS
+CREATE VIEW hallpass.effective_user_permissions AS
     SELECT m.user_id, m.org_id, m.role, m.first_name, m.last_name,
            t.module_name, t.permission_key, t.permission_name,
            minimum.role AS effective_min_role,
@@ -45,18 +48,18 @@ END $$;
 
 -- skip_duplicate_check is always NULL: REFRESH CONCURRENTLY sorts all rows without a NULL twice, by all columns, to
 -- look for duplicates, which the unique index rules out already; that was three quarters of the time of a refresh.
-CREATE MATERIALIZED VIEW public.user_permission_matrix AS
+CREATE MATERIALIZED VIEW hallpass.user_permission_matrix AS
     SELECT user_id, org_id, role, first_name, last_name, module_name, permission_key, permission_name,
            effective_min_role, is_enabled, user_has_permission, reason, NULL::boolean AS skip_duplicate_check
-    FROM public.effective_user_permissions
+    FROM hallpass.effective_user_permissions
     WHERE (SELECT hallpass.stamp('user_permission_matrix', (SELECT max(seq) FROM hallpass.log)))
     ORDER BY org_id, user_id, permission_key;
 
 -- Consumers: hallpass.load, and REFRESH CONCURRENTLY, which needs a unique index.
-CREATE UNIQUE INDEX user_permission_matrix_key ON public.user_permission_matrix (org_id, user_id, permission_key);
+CREATE UNIQUE INDEX user_permission_matrix_key ON hallpass.user_permission_matrix (org_id, user_id, permission_key);
 
 -- Counts an organization. Permissions of a minimum role count the enabled ones, by effective minimum role.
-CREATE MATERIALIZED VIEW public.org_permission_summary AS
+CREATE MATERIALIZED VIEW hallpass.org_permission_summary AS
     SELECT o.id AS org_id,
            o.name AS org_name,
            count(t.permission_key) AS total_available_permissions,
@@ -77,7 +80,7 @@ CREATE MATERIALIZED VIEW public.org_permission_summary AS
     GROUP BY o.id, o.name
     ORDER BY o.id;
 
-CREATE UNIQUE INDEX org_permission_summary_key ON public.org_permission_summary (org_id);
+CREATE UNIQUE INDEX org_permission_summary_key ON hallpass.org_permission_summary (org_id);
 
 -- Whether a materialized view has data: one refreshed WITH NO DATA, or restored without, cannot be read.
 CREATE FUNCTION hallpass.is_populated(materialized_view regclass) RETURNS boolean

@@ -1,5 +1,9 @@
--- What SQL users call, under PTO Connect's names and signatures: checks for policies and queries, the actor of a
--- transaction, the refresh.
+-- What SQL users call, under PTO Connect's names and signatures: the views, checks for policies and queries, the actor of
+-- a transaction, the refresh.
+
+CALL hallpass.publish_view('effective_user_permissions');
+CALL hallpass.publish_view('user_permission_matrix');
+CALL hallpass.publish_view('org_permission_summary');
 
 CREATE FUNCTION public.user_has_permission_in_org(org_id uuid, user_id uuid, permission_key text) RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -23,7 +27,8 @@ BEGIN
     RETURN orgs[1];
 END $$;
 
-CREATE FUNCTION public.user_has_org_permission(user_id_param uuid, permission_key_param character varying)
+CALL hallpass.make_room('user_has_org_permission(uuid, character varying)', in_place => true);
+CREATE OR REPLACE FUNCTION public.user_has_org_permission(user_id_param uuid, permission_key_param character varying)
 RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -31,8 +36,9 @@ BEGIN
         hallpass.only_organization(user_id_param), user_id_param, permission_key_param);
 END $$;
 
+CALL hallpass.make_room('user_has_org_permission_enhanced(uuid, text, boolean)', in_place => true);
 -- use_cache: read the materialized matrix, where it is the truth.
-CREATE FUNCTION public.user_has_org_permission_enhanced(
+CREATE OR REPLACE FUNCTION public.user_has_org_permission_enhanced(
     user_id_param uuid, permission_key_param text, use_cache boolean DEFAULT true) RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -46,6 +52,7 @@ BEGIN
     RETURN public.user_has_permission_in_org(org, user_id_param, permission_key_param);
 END $$;
 
+CALL hallpass.make_room('get_user_permissions_bulk(uuid, text)');
 -- Every permission of a user, in each of the user's organizations; of one module, or of all where it is NULL.
 CREATE FUNCTION public.get_user_permissions_bulk(user_id_param uuid, module_filter text DEFAULT NULL)
 RETURNS TABLE (org_id uuid, role text, module_name text, permission_key text, permission_name text,
@@ -60,6 +67,7 @@ BEGIN
     ORDER BY e.org_id, e.module_name, e.permission_key;
 END $$;
 
+CALL hallpass.make_room('set_session_variables(uuid, uuid, uuid, text, text, text)');
 -- Says who makes the changes of this transaction. It ends with the transaction: a pooled connection hands no actor on.
 -- Every value is text on purpose, read one by one where it is used: a malformed one is lost alone.
 CREATE FUNCTION public.set_session_variables(
@@ -75,6 +83,7 @@ BEGIN
             set_config('app.user_agent', coalesce(user_agent, ''), true);
 END $$;
 
+CALL hallpass.make_room('refresh_permission_materialized_views()');
 -- Refreshes both materialized views without blocking their readers; one without data has none to block. Each view
 -- stamps itself: see hallpass.stamp.
 CREATE FUNCTION public.refresh_permission_materialized_views() RETURNS void
@@ -91,5 +100,12 @@ BEGIN
         REFRESH MATERIALIZED VIEW public.org_permission_summary;
     END IF;
 END $$;
+
+-- Those that were replaced in place are there already.
+INSERT INTO hallpass.public_object VALUES
+    ('effective_user_permissions'), ('user_permission_matrix'), ('org_permission_summary'),
+    ('user_has_permission_in_org'), ('user_has_org_permission'), ('user_has_org_permission_enhanced'),
+    ('get_user_permissions_bulk'), ('set_session_variables'), ('refresh_permission_materialized_views')
+ON CONFLICT DO NOTHING;
 
 CALL hallpass.reset_privileges();

@@ -199,6 +199,7 @@ EXCEPTION WHEN object_not_in_prerequisite_state THEN
                  'add pg_stat_statements to shared_preload_libraries')::hallpass.finding;
 END $$;
 
+CALL hallpass.make_room('analyze_permission_performance()');
 CREATE FUNCTION public.analyze_permission_performance()
 RETURNS TABLE (metric text, value text, status text, recommendation text)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -209,5 +210,7 @@ BEGIN
     RETURN QUERY SELECT * FROM hallpass.findings_of_log();
     RETURN QUERY SELECT * FROM hallpass.findings_of_statements();
 END $$;
+
+INSERT INTO hallpass.public_object VALUES ('analyze_permission_performance');
 
 CALL hallpass.reset_privileges();

@@ -61,18 +61,17 @@ BEGIN
 END $$;
 
 -- Says who makes the changes of this transaction. It ends with the transaction: a pooled connection hands no actor on.
--- Every value is text on purpose, read one by one where it is used: a malformed one is lost alone.
 CREATE FUNCTION public.set_session_variables(
-    user_id text, profile_id text DEFAULT NULL, org_id text DEFAULT NULL,
+    user_id uuid, profile_id uuid DEFAULT NULL, org_id uuid DEFAULT NULL,
     request_id text DEFAULT NULL, ip_address text DEFAULT NULL, user_agent text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM set_config('app.current_user_id', coalesce(user_id, ''), true),
-            set_config('app.current_profile_id', coalesce(profile_id, ''), true),
-            set_config('app.current_org_id', coalesce(org_id, ''), true),
-            set_config('app.request_id', coalesce(request_id, ''), true),
-            set_config('app.ip_address', coalesce(ip_address, ''), true),
-            set_config('app.user_agent', coalesce(user_agent, ''), true);
+    PERFORM set_config('app.current_user_id', coalesce(user_id::text, ''), true),
+            set_config('app.current_profile_id', coalesce(profile_id::text, ''), true),
+            set_config('app.current_org_id', coalesce(org_id::text, ''), true),
+            set_config('app.current_request_id', coalesce(request_id, ''), true),
+            set_config('app.current_ip', coalesce(ip_address, ''), true),
+            set_config('app.current_user_agent', coalesce(user_agent, ''), true);
 END $$;
 
 -- Refreshes both materialized views without blocking their readers; one without data has none to block. Each view

@@ -96,7 +96,7 @@ INSERT INTO public.organization_permission_templates
 
 -- Every statement of hallpass reads memberships here and nowhere else.
 CREATE VIEW hallpass.members AS
-    SELECT org_id, user_id, id AS profile_id, role, first_name, last_name
+    SELECT org_id, user_id, id AS profile_id, role::text AS role, first_name, last_name
     FROM public.profiles
     WHERE org_id IS NOT NULL AND user_id IS NOT NULL;
 

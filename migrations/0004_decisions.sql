@@ -15,7 +15,7 @@ CREATE VIEW public.effective_user_permissions AS
     FROM hallpass.members m
     CROSS JOIN public.organization_permission_templates t
     LEFT JOIN public.organization_permissions o ON o.org_id = m.org_id AND o.permission_key = t.permission_key
-    CROSS JOIN LATERAL (SELECT coalesce(o.min_role_required, t.default_min_role) AS role) minimum
+    CROSS JOIN LATERAL (SELECT coalesce(o.min_role_required::text, t.default_min_role::text) AS role) minimum
     LEFT JOIN public.permission_roles held ON held.role_key = m.role
     LEFT JOIN public.permission_roles needed ON needed.role_key = minimum.role
     CROSS JOIN LATERAL (SELECT CASE
@@ -233,7 +233,7 @@ BEGIN
     CALL hallpass.lock_against_truncate();
     RETURN QUERY
     SELECT h.seq, h.uid, pg_is_in_recovery(), t.permission_key IS NOT NULL, m.org_id IS NOT NULL,
-           coalesce(m.role::text, ''), r.rank, coalesce(e.effective_min_role, t.default_min_role, '')::text,
+           coalesce(m.role::text, ''), r.rank, coalesce(e.effective_min_role, t.default_min_role::text, ''),
            e.min_role_source = 'OVERRIDE', coalesce(e.is_enabled, false), coalesce(e.specific_user, false), e.reason
     FROM (VALUES (1)) one
     LEFT JOIN LATERAL (SELECT seq, uid FROM hallpass.log ORDER BY seq DESC LIMIT 1) h ON true

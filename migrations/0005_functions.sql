@@ -48,16 +48,16 @@ END $$;
 
 -- Every permission of a user, in each of the user's organizations; of one module, or of all where it is NULL.
 CREATE FUNCTION public.get_user_permissions_bulk(user_id_param uuid, module_filter text DEFAULT NULL)
-RETURNS TABLE (org_id uuid, role text, module_name text, permission_key text, permission_name text,
-               effective_min_role text, is_enabled boolean, user_has_permission boolean, reason text)
+RETURNS TABLE (permission_key text, module_name text, permission_name text, has_permission boolean,
+               effective_min_role text, is_enabled boolean, org_id uuid, role text, reason text)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN QUERY
-    SELECT e.org_id, e.role::text, e.module_name::text, e.permission_key::text, e.permission_name::text,
-           e.effective_min_role::text, e.is_enabled, e.user_has_permission, e.reason
+    SELECT e.permission_key::text, e.module_name::text, e.permission_name::text, e.user_has_permission,
+           e.effective_min_role, e.is_enabled, e.org_id, e.role, e.reason
     FROM public.effective_user_permissions e
     WHERE e.user_id = user_id_param AND (module_filter IS NULL OR e.module_name = module_filter)
-    ORDER BY e.org_id, e.module_name, e.permission_key;
+    ORDER BY e.org_id, e.module_name, e.permission_name, e.permission_key;
 END $$;
 
 -- Says who makes the changes of this transaction. It ends with the transaction: a pooled connection hands no actor on.

@@ -75,9 +75,11 @@ BEGIN
 END $$;
 
 -- Refreshes both materialized views without blocking their readers; one without data has none to block. Each view
--- stamps itself: see hallpass.stamp.
-CREATE FUNCTION public.refresh_permission_materialized_views() RETURNS void
+-- stamps itself: see hallpass.stamp. Returns a sentence to show, with the time it took.
+CREATE FUNCTION public.refresh_permission_materialized_views() RETURNS text
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+DECLARE
+    began CONSTANT timestamptz := clock_timestamp();
 BEGIN
     IF hallpass.is_populated('public.user_permission_matrix') THEN
         REFRESH MATERIALIZED VIEW CONCURRENTLY public.user_permission_matrix;
@@ -89,6 +91,8 @@ BEGIN
     ELSE
         REFRESH MATERIALIZED VIEW public.org_permission_summary;
     END IF;
+    RETURN format('Refreshed user_permission_matrix and org_permission_summary in %s s.',
+                  round(extract(epoch FROM clock_timestamp() - began)::numeric, 3));
 END $$;
 
 CALL hallpass.reset_privileges();

@@ -56,12 +56,12 @@ BEGIN
     ELSE
         actor_source := 'NONE';
     END IF;
-    ip_address := coalesce(hallpass.try_inet(hallpass.setting('app.ip_address')),
+    ip_address := coalesce(hallpass.try_inet(hallpass.setting('app.current_ip')),
                            hallpass.try_inet(trim(split_part(headers ->> 'x-forwarded-for', ',', 1))));
-    user_agent := coalesce(hallpass.setting('app.user_agent'), left(headers ->> 'user-agent', 1024));
-    request_id := coalesce(hallpass.setting('app.request_id'), left(headers ->> 'x-request-id', 1024));
-    session_id := coalesce(hallpass.setting('app.session_id'), left(claims ->> 'session_id', 1024));
-    trace_id := hallpass.setting('app.trace_id');
+    user_agent := coalesce(hallpass.setting('app.current_user_agent'), left(headers ->> 'user-agent', 1024));
+    request_id := coalesce(hallpass.setting('app.current_request_id'), left(headers ->> 'x-request-id', 1024));
+    session_id := coalesce(hallpass.setting('app.current_session_id'), left(claims ->> 'session_id', 1024));
+    trace_id := hallpass.setting('app.current_trace_id');
     -- SET ROLE shows in the setting; inside a SECURITY DEFINER caller current_user is the definer.
     database_role := coalesce(nullif(current_setting('role'), 'none'), session_user);
     database_login := session_user;

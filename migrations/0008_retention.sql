@@ -156,9 +156,10 @@ BEGIN
 END $$;
 
 CALL hallpass.make_room('cleanup_old_audit_logs(integer)');
--- Removes what is older from the audit log and the log, and returns the number of audit rows that are gone. A month's
--- partition goes as a whole once all of it is older. Everything in one transaction; the service takes bounded steps.
-CREATE FUNCTION public.cleanup_old_audit_logs(retention_days integer DEFAULT 365) RETURNS bigint
+-- Removes what is older from the audit log and the log, and returns a sentence to show, with the number of audit rows
+-- that are gone. A month's partition goes as a whole once all of it is older. Everything in one transaction; the
+-- service takes bounded steps.
+CREATE FUNCTION public.cleanup_old_audit_logs(retention_days integer DEFAULT 365) RETURNS text
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     removed bigint := 0;
@@ -169,7 +170,7 @@ BEGIN
         removed := removed + step.audit_rows;
         EXIT WHEN step.is_done;
     END LOOP;
-    RETURN removed;
+    RETURN format('Removed %s of the audit log''s rows at a retention of %s days.', removed, retention_days);
 EXCEPTION WHEN lock_not_available THEN
     RAISE EXCEPTION 'the audit log is in use, nothing was removed: try again'
         USING ERRCODE = 'lock_not_available';

@@ -9,6 +9,7 @@
 mod analysis;
 mod belief;
 mod bypass;
+mod calls;
 mod commands;
 mod commit_order;
 mod database;

@@ -1,7 +1,16 @@
--- The application's tables, under the names and columns of PTO Connect, for a database that does not have them yet:
--- organizations, memberships, the role ladder, the catalog of permissions and each organization's overrides.
+-- The application's tables, under the names and columns of PTO Connect: organizations, memberships, the role ladder, the
+-- catalog of permissions and each organization's overrides. One that is there already stays as it is, rows, columns and
+-- privileges; one that is not is made.
 
-CREATE TABLE public.organizations (
+-- Those that were there.
+CREATE TABLE hallpass.adopted_table (name text PRIMARY KEY);
+INSERT INTO hallpass.adopted_table
+    SELECT relname FROM pg_class
+    WHERE relnamespace = 'public'::regnamespace
+      AND relname IN ('organizations', 'profiles', 'permission_roles', 'organization_permission_templates',
+                      'organization_permissions');
+
+CREATE TABLE IF NOT EXISTS public.organizations (
     id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
     name text NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -9,7 +18,7 @@ CREATE TABLE public.organizations (
 );
 
 -- One row a membership. A person who loses the organization keeps the row: a NULL org_id is no membership.
-CREATE TABLE public.profiles (
+CREATE TABLE IF NOT EXISTS public.profiles (
     id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
     user_id uuid NOT NULL,
     org_id uuid REFERENCES public.organizations (id) ON DELETE SET NULL,
@@ -23,13 +32,13 @@ CREATE TABLE public.profiles (
 );
 
 -- The role ladder. A role that is not on it satisfies nothing and is satisfied by nobody.
-CREATE TABLE public.permission_roles (
+CREATE TABLE IF NOT EXISTS public.permission_roles (
     role_key text PRIMARY KEY,
     rank integer NOT NULL
 );
 
 -- The catalog: what each permission is called and which role has it unless an organization says otherwise.
-CREATE TABLE public.organization_permission_templates (
+CREATE TABLE IF NOT EXISTS public.organization_permission_templates (
     id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
     module_name text NOT NULL,
     permission_key text NOT NULL UNIQUE,
@@ -41,7 +50,7 @@ CREATE TABLE public.organization_permission_templates (
 );
 
 -- Overrides. min_role_required NULL: the template's default applies. is_enabled NULL: enabled.
-CREATE TABLE public.organization_permissions (
+CREATE TABLE IF NOT EXISTS public.organization_permissions (
     id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
     org_id uuid NOT NULL REFERENCES public.organizations (id) ON DELETE CASCADE,
     permission_key text NOT NULL,
@@ -53,16 +62,19 @@ CREATE TABLE public.organization_permissions (
     UNIQUE (org_id, permission_key)
 );
 
-INSERT INTO public.permission_roles (role_key, rank) VALUES
+INSERT INTO public.permission_roles (role_key, rank)
+SELECT * FROM (VALUES
     ('parent_member', 0),
     ('teacher', 0),
     ('volunteer', 1),
     ('committee_lead', 2),
     ('board_member', 3),
-    ('admin', 4);
+    ('admin', 4)
+) ladder WHERE NOT EXISTS (SELECT FROM hallpass.adopted_table WHERE name = 'permission_roles');
 
 INSERT INTO public.organization_permission_templates
-    (module_name, permission_key, permission_name, default_min_role) VALUES
+    (module_name, permission_key, permission_name, default_min_role)
+SELECT * FROM (VALUES
     ('communications', 'can_view_messages', 'View Messages', 'volunteer'),
     ('communications', 'can_create_messages', 'Create Messages', 'committee_lead'),
     ('communications', 'can_edit_messages', 'Edit Messages', 'committee_lead'),
@@ -92,48 +104,183 @@ INSERT INTO public.organization_permission_templates
     ('user_management', 'can_view_users', 'View Users', 'committee_lead'),
     ('user_management', 'can_edit_user_roles', 'Edit User Roles', 'admin'),
     ('user_management', 'can_invite_users', 'Invite Users', 'board_member'),
-    ('user_management', 'can_remove_users', 'Remove Users', 'admin');
+    ('user_management', 'can_remove_users', 'Remove Users', 'admin')
+) catalog WHERE NOT EXISTS (SELECT FROM hallpass.adopted_table WHERE name = 'organization_permission_templates');
 
--- Every statement of hallpass reads memberships here and nowhere else.
-CREATE VIEW hallpass.members AS
-    SELECT org_id, user_id, id AS profile_id, role, first_name, last_name
+-- Every statement of hallpass reads memberships here and nowhere else. Of the two shapes of profiles, one has the user in
+-- user_id; in the other a profile's id is the user, who then belongs to one organization at most.
+CREATE FUNCTION hallpass.profiles_column(wanted text, instead text) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN CASE WHEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'public.profiles'::regclass
+                             AND attname = wanted AND NOT attisdropped) THEN wanted ELSE instead END;
+END $$;
+
+DO $$
+BEGIN
+    EXECUTE format('CREATE VIEW hallpass.members AS
+    SELECT org_id, %1$s AS user_id, id AS profile_id, role::text AS role, %2$s AS first_name, %3$s AS last_name
     FROM public.profiles
-    WHERE org_id IS NOT NULL AND user_id IS NOT NULL;
+    WHERE org_id IS NOT NULL AND %1$s IS NOT NULL',
+        hallpass.profiles_column('user_id', 'id'),
+        hallpass.profiles_column('first_name', 'NULL::text'), hallpass.profiles_column('last_name', 'NULL::text'));
+END $$;
 
--- Takes every privilege on hallpass's own objects away from everyone but their owner: default privileges of the
--- database (a hosted one may grant everything to everyone) must not reach them. Each migration ends with it.
-CREATE PROCEDURE hallpass.reset_privileges()
+-- hallpass's objects in schema public, where nothing but the name tells them from the application's: the migration that
+-- makes one says so here. keeps_grants: it took the place of the application's own, whose grants stay as they are.
+CREATE TABLE hallpass.public_object (
+    name text PRIMARY KEY,
+    keeps_grants boolean NOT NULL DEFAULT false
+);
+
+-- Who but the owner is meant to do what, in the words of GRANT: the migration that makes an object says it here.
+CREATE TABLE hallpass.intended_privilege (
+    grantee text,                           -- a role, which need not exist yet; or PUBLIC
+    privilege text,
+    object text,                            -- SCHEMA s, TABLE s.t, SEQUENCE s.t or ROUTINE s.f(types)
+    PRIMARY KEY (grantee, privilege, object)
+);
+
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'USAGE', 'SCHEMA hallpass'),
+    ('hallpass_service', 'SELECT', 'TABLE hallpass.schema_migrations'),
+    ('hallpass_auditor', 'USAGE', 'SCHEMA hallpass'),
+    ('hallpass_auditor', 'SELECT', 'TABLE hallpass.schema_migrations');
+
+-- Takes every privilege on one object away from everyone but its owner.
+CREATE PROCEDURE hallpass.revoke_all(object text, owner oid, acl aclitem[])
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    public_names CONSTANT text[] := ARRAY[
-        'permission_audit_log', 'effective_user_permissions', 'user_permission_matrix', 'org_permission_summary',
-        'user_has_permission_in_org', 'user_has_org_permission', 'user_has_org_permission_enhanced',
-        'get_user_permissions_bulk', 'set_session_variables', 'refresh_permission_materialized_views'];
-    own CONSTANT oid := to_regnamespace('hallpass');
     held record;
 BEGIN
-    FOR held IN
-        SELECT DISTINCT object, grantee FROM (
-            SELECT 'SCHEMA hallpass' AS object, nspowner AS owner, coalesce(nspacl, acldefault('n', nspowner)) AS acl
-            FROM pg_namespace WHERE oid = own
-            UNION ALL
-            SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || format('%I.%I', nspname, relname),
-                   relowner, coalesce(relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", relowner))
-            FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
-            WHERE relkind IN ('r', 'p', 'v', 'm', 'S')
-              AND (relnamespace = own OR nspname = 'public' AND relname = ANY (public_names))
-            UNION ALL
-            SELECT 'ROUTINE ' || p.oid::regprocedure, proowner, coalesce(proacl, acldefault('f', proowner))
-            FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
-            WHERE pronamespace = own OR nspname = 'public' AND proname = ANY (public_names)
-        ) objects, aclexplode(acl) WHERE grantee <> owner
-    LOOP
-        EXECUTE format('REVOKE ALL ON %s FROM %s CASCADE', held.object,
+    FOR held IN SELECT DISTINCT grantee FROM aclexplode(acl) WHERE grantee <> owner LOOP
+        EXECUTE format('REVOKE ALL ON %s FROM %s CASCADE', object,
                        CASE held.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(held.grantee)) END);
     END LOOP;
 END $$;
 
--- The tables made above are the application's from here on, but default privileges must not open them either.
+-- Gives hallpass's own objects the privileges that are intended and no others: default privileges of the database (a
+-- hosted one may grant everything to everyone) must not reach them. Each migration ends with it, and so does
+-- deploy/sql/roles.sql, which makes the roles.
+CREATE PROCEDURE hallpass.reset_privileges()
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    own CONSTANT oid := to_regnamespace('hallpass');
+    closed_names CONSTANT text[] := ARRAY(SELECT name FROM hallpass.public_object WHERE NOT keeps_grants);
+    opened record;
+    intended hallpass.intended_privilege;
+BEGIN
+    FOR opened IN
+        SELECT 'SCHEMA hallpass' AS object, nspowner AS owner, coalesce(nspacl, acldefault('n', nspowner)) AS acl
+        FROM pg_namespace WHERE oid = own
+        UNION ALL
+        SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || format('%I.%I', nspname, relname),
+               relowner, coalesce(relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", relowner))
+        FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+        WHERE relkind IN ('r', 'p', 'v', 'm', 'S')
+          AND (relnamespace = own OR nspname = 'public' AND relname = ANY (closed_names))
+        UNION ALL
+        SELECT 'ROUTINE ' || p.oid::regprocedure, proowner, coalesce(proacl, acldefault('f', proowner))
+        FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
+        WHERE pronamespace = own OR nspname = 'public' AND proname = ANY (closed_names)
+    LOOP
+        CALL hallpass.revoke_all(opened.object, opened.owner, opened.acl);
+    END LOOP;
+
+    -- A role may be made after this, and an object by a later migration.
+    FOR intended IN
+        SELECT i.* FROM hallpass.intended_privilege i,
+             LATERAL (SELECT split_part(object, ' ', 1) AS kind, substr(object, strpos(object, ' ') + 1) AS name) o
+        WHERE (grantee = 'PUBLIC' OR to_regrole(quote_ident(grantee)) IS NOT NULL)
+          AND CASE WHEN kind = 'SCHEMA' THEN to_regnamespace(name) IS NOT NULL
+                   WHEN kind IN ('TABLE', 'SEQUENCE') THEN to_regclass(name) IS NOT NULL
+                   ELSE to_regprocedure(name) IS NOT NULL END
+    LOOP
+        EXECUTE format('GRANT %s ON %s TO %s', intended.privilege, intended.object,
+                       CASE intended.grantee WHEN 'PUBLIC' THEN 'PUBLIC' ELSE quote_ident(intended.grantee) END);
+    END LOOP;
+END $$;
+
+-- Adoption: how hallpass takes the place of what the application had under the same names.
+
+-- The statements that bring back what was replaced or switched off, run in reverse order by `migrate --uninstall`.
+CREATE TABLE hallpass.undo (
+    n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    statement text NOT NULL
+);
+
+-- The privileges that roles keep on what takes an object's place. Only those of roles that row-level security does not
+-- bind: our views and functions show rows to whoever may use them.
+CREATE PROCEDURE hallpass.keep_privileges(new_object text, acl aclitem[])
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO hallpass.intended_privilege (grantee, privilege, object)
+    SELECT rolname, privilege_type, new_object
+    FROM aclexplode(acl) JOIN pg_roles r ON r.oid = grantee
+    WHERE rolbypassrls AND rolname <> current_user AND privilege_type IN ('SELECT', 'EXECUTE');
+END $$;
+
+-- Moves an object of the application out of public, into a schema that is open to nobody.
+CREATE PROCEDURE hallpass.set_aside(kind text, name text)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    granted record;
+BEGIN
+    IF to_regnamespace('hallpass_replaced') IS NULL THEN
+        CREATE SCHEMA hallpass_replaced;
+        SELECT nspowner, nspacl INTO granted FROM pg_namespace WHERE nspname = 'hallpass_replaced';
+        CALL hallpass.revoke_all('SCHEMA hallpass_replaced', granted.nspowner, granted.nspacl);
+    END IF;
+    EXECUTE format('ALTER %s public.%s SET SCHEMA hallpass_replaced', kind, name);
+    INSERT INTO hallpass.undo (statement) VALUES (format('ALTER %s hallpass_replaced.%s SET SCHEMA public', kind, name));
+END $$;
+
+-- Gives a view that was made in schema hallpass its name in public. One that has the name there is set aside, and a
+-- materialized one emptied.
+CREATE PROCEDURE hallpass.publish_view(name text)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    kinds CONSTANT jsonb := '{"v": "VIEW", "m": "MATERIALIZED VIEW"}';
+    old record;
+BEGIN
+    SELECT oid, kinds ->> relkind::text AS kind, relacl, relispopulated INTO old
+    FROM pg_class WHERE oid = to_regclass('public.' || name);
+    IF FOUND THEN
+        CALL hallpass.keep_privileges('TABLE public.' || name, old.relacl);
+        IF old.kind = 'MATERIALIZED VIEW' AND old.relispopulated THEN
+            INSERT INTO hallpass.undo (statement) VALUES ('REFRESH MATERIALIZED VIEW public.' || name);
+        END IF;
+        CALL hallpass.set_aside(old.kind, name);
+        IF old.kind = 'MATERIALIZED VIEW' THEN
+            EXECUTE format('REFRESH MATERIALIZED VIEW hallpass_replaced.%I WITH NO DATA', name);
+        END IF;
+    END IF;
+    EXECUTE format('ALTER %s hallpass.%I SET SCHEMA public',
+                   (SELECT kinds ->> relkind::text FROM pg_class WHERE oid = to_regclass('hallpass.' || name)), name);
+END $$;
+
+-- Makes room in public for a function of ours: one of the application that has the same name and arguments is set aside,
+-- or kept in place to be replaced there, with its privileges, where policies may call it.
+CREATE PROCEDURE hallpass.make_room(signature text, in_place boolean DEFAULT false)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old CONSTANT regprocedure := to_regprocedure('public.' || signature);
+    acl CONSTANT aclitem[] := (SELECT proacl FROM pg_proc WHERE oid = old);
+BEGIN
+    IF old IS NULL THEN
+        RETURN;
+    END IF;
+    IF in_place THEN
+        INSERT INTO hallpass.undo (statement) VALUES (pg_get_functiondef(old));
+        INSERT INTO hallpass.public_object VALUES (split_part(signature, '(', 1), true);
+    ELSE
+        CALL hallpass.keep_privileges('ROUTINE public.' || signature, acl);
+        CALL hallpass.set_aside('FUNCTION', signature);
+    END IF;
+END $$;
+
+-- The tables made above are the application's from here on, but default privileges must not open them either. Those that
+-- were there keep the privileges that the application has given.
 DO $$
 DECLARE
     held record;
@@ -144,6 +291,7 @@ BEGIN
         WHERE c.oid IN ('public.organizations'::regclass, 'public.profiles'::regclass,
                         'public.permission_roles'::regclass, 'public.organization_permission_templates'::regclass,
                         'public.organization_permissions'::regclass)
+          AND relname NOT IN (SELECT name FROM hallpass.adopted_table)
           AND grantee <> relowner
     LOOP
         EXECUTE format('REVOKE ALL ON TABLE %s FROM %s CASCADE', held.object,

@@ -4,8 +4,27 @@
 -- under a lock that PostgreSQL gives back only after the commit is visible, so whoever sees seq n sees every seq
 -- below n.
 
+CREATE SEQUENCE hallpass.entry_id;
+CREATE SEQUENCE hallpass.log_seq;
+
+-- The audit rows of an earlier installation, which `migrate --uninstall` leaves as public.hallpass_audit_log, go on here.
+DO $$
+DECLARE
+    partition regclass;
+BEGIN
+    IF to_regclass('public.hallpass_audit_log') IS NOT NULL THEN
+        FOR partition IN SELECT inhrelid FROM pg_inherits WHERE inhparent = 'public.hallpass_audit_log'::regclass LOOP
+            EXECUTE format('ALTER TABLE %s SET SCHEMA hallpass', partition);
+        END LOOP;
+        ALTER TABLE public.hallpass_audit_log SET SCHEMA hallpass;
+        ALTER TABLE hallpass.hallpass_audit_log RENAME TO permission_audit_log;
+        PERFORM setval('hallpass.entry_id', coalesce((SELECT max(entry_id) FROM hallpass.permission_audit_log), 0) + 1);
+    END IF;
+END $$;
+
 -- What changed, who changed it, from where: one row a changed row. No foreign keys: it outlives what it speaks of.
-CREATE TABLE public.permission_audit_log (
+-- It gets its name in public when it begins to record.
+CREATE TABLE IF NOT EXISTS hallpass.permission_audit_log (
     id uuid NOT NULL DEFAULT gen_random_uuid(),
     org_id uuid,
     permission_key text,
@@ -32,14 +51,12 @@ CREATE TABLE public.permission_audit_log (
 ) PARTITION BY RANGE (created_at);
 
 -- Takes every row that no monthly partition takes: a missing month must not stop the application.
-CREATE TABLE hallpass.permission_audit_log_default PARTITION OF public.permission_audit_log DEFAULT;
+CREATE TABLE IF NOT EXISTS hallpass.permission_audit_log_default
+    PARTITION OF hallpass.permission_audit_log DEFAULT;
 
 -- Consumers: the feed and every other reader of an entry, by entry and row. Not unique: an entry id that came twice
 -- would be a nuisance to a reader and must not fail a writer.
-CREATE INDEX permission_audit_log_entry ON public.permission_audit_log (entry_id, created_at, n);
-
-CREATE SEQUENCE hallpass.entry_id;
-CREATE SEQUENCE hallpass.log_seq;
+CREATE INDEX IF NOT EXISTS permission_audit_log_entry ON hallpass.permission_audit_log (entry_id, created_at, n);
 
 CREATE TABLE hallpass.log (
     seq bigint PRIMARY KEY,

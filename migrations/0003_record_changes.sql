@@ -56,12 +56,12 @@ BEGIN
     ELSE
         actor_source := 'NONE';
     END IF;
-    ip_address := coalesce(hallpass.try_inet(hallpass.setting('app.ip_address')),
+    ip_address := coalesce(hallpass.try_inet(hallpass.setting('app.current_ip')),
                            hallpass.try_inet(trim(split_part(headers ->> 'x-forwarded-for', ',', 1))));
-    user_agent := coalesce(hallpass.setting('app.user_agent'), left(headers ->> 'user-agent', 1024));
-    request_id := coalesce(hallpass.setting('app.request_id'), left(headers ->> 'x-request-id', 1024));
-    session_id := coalesce(hallpass.setting('app.session_id'), left(claims ->> 'session_id', 1024));
-    trace_id := hallpass.setting('app.trace_id');
+    user_agent := coalesce(hallpass.setting('app.current_user_agent'), left(headers ->> 'user-agent', 1024));
+    request_id := coalesce(hallpass.setting('app.current_request_id'), left(headers ->> 'x-request-id', 1024));
+    session_id := coalesce(hallpass.setting('app.current_session_id'), left(claims ->> 'session_id', 1024));
+    trace_id := hallpass.setting('app.current_trace_id');
     -- SET ROLE shows in the setting; inside a SECURITY DEFINER caller current_user is the definer.
     database_role := coalesce(nullif(current_setting('role'), 'none'), session_user);
     database_login := session_user;
@@ -182,12 +182,44 @@ END $body$ $function$,
     END LOOP;
 END $outer$;
 
-CALL hallpass.record_changes('public.profiles', '{org_id,user_id}', '{role}', 'org_id', NULL, 'user_id');
+-- The log begins to record, and in the same transaction the application's own audit triggers stop and its audit log gives
+-- up its name: no change is recorded twice, or not at all. Writers wait for what comes from here on; readers do not.
+LOCK TABLE public.profiles, public.organization_permissions, public.organizations,
+           public.organization_permission_templates, public.permission_roles IN SHARE ROW EXCLUSIVE MODE;
+
+DO $$
+DECLARE
+    old record;
+BEGIN
+    FOR old IN
+        SELECT tgrelid::regclass AS target, tgname, tgenabled
+        FROM pg_trigger t JOIN pg_proc p ON p.oid = tgfoid
+        WHERE tgrelid IN ('public.profiles'::regclass, 'public.organization_permissions'::regclass,
+                          'public.organizations'::regclass, 'public.organization_permission_templates'::regclass,
+                          'public.permission_roles'::regclass)
+          AND NOT tgisinternal AND tgenabled <> 'D' AND prosrc ~* '\mpermission_audit_log\M'
+    LOOP
+        EXECUTE format('ALTER TABLE %s DISABLE TRIGGER %I', old.target, old.tgname);
+        INSERT INTO hallpass.undo (statement) VALUES (format('ALTER TABLE %s ENABLE %s TRIGGER %I', old.target,
+            CASE old.tgenabled WHEN 'A' THEN 'ALWAYS' WHEN 'R' THEN 'REPLICA' ELSE '' END, old.tgname));
+    END LOOP;
+    IF to_regclass('public.permission_audit_log') IS NOT NULL THEN
+        ALTER TABLE public.permission_audit_log RENAME TO permission_audit_log_before_hallpass;
+        INSERT INTO hallpass.undo (statement)
+        VALUES ('ALTER TABLE public.permission_audit_log_before_hallpass RENAME TO permission_audit_log');
+    END IF;
+    ALTER TABLE hallpass.permission_audit_log SET SCHEMA public;
+    CALL hallpass.record_changes('public.profiles', ARRAY['org_id', hallpass.profiles_column('user_id', 'id')], '{role}',
+                                 'org_id', NULL, hallpass.profiles_column('user_id', 'id'));
+END $$;
+
 CALL hallpass.record_changes('public.organization_permissions', '{org_id,permission_key}',
                              '{min_role_required,is_enabled,specific_users}', 'org_id', 'permission_key', NULL);
 CALL hallpass.record_changes('public.organizations', '{id}', '{name}', 'id', NULL, NULL);
 CALL hallpass.record_changes('public.organization_permission_templates', '{permission_key}',
                              '{module_name,permission_name,default_min_role}', NULL, 'permission_key', NULL);
 CALL hallpass.record_changes('public.permission_roles', '{role_key}', '{rank}', NULL, NULL, NULL);
+
+INSERT INTO hallpass.public_object VALUES ('permission_audit_log');
 
 CALL hallpass.reset_privileges();

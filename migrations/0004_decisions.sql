@@ -1,8 +1,11 @@
 -- What a decision is. It is written in effective_user_permissions and nowhere else; the matrix is a copy of it that
 -- knows how old it is, and hallpass.load is the one place that says when the copy may be believed.
+--
+-- The views are made and filled in schema hallpass and get their names in public with the functions (0005), in one short
+-- transaction.
 
 -- One row a (member, permission). A permission without a template and a user without a membership have no row.
-CREATE VIEW public.effective_user_permissions AS
+CREATE VIEW hallpass.effective_user_permissions AS
     SELECT m.user_id, m.org_id, m.role, m.first_name, m.last_name,
            t.module_name, t.permission_key, t.permission_name,
            minimum.role AS effective_min_role,
@@ -15,7 +18,7 @@ CREATE VIEW public.effective_user_permissions AS
     FROM hallpass.members m
     CROSS JOIN public.organization_permission_templates t
     LEFT JOIN public.organization_permissions o ON o.org_id = m.org_id AND o.permission_key = t.permission_key
-    CROSS JOIN LATERAL (SELECT coalesce(o.min_role_required, t.default_min_role) AS role) minimum
+    CROSS JOIN LATERAL (SELECT coalesce(o.min_role_required::text, t.default_min_role::text) AS role) minimum
     LEFT JOIN public.permission_roles held ON held.role_key = m.role
     LEFT JOIN public.permission_roles needed ON needed.role_key = minimum.role
     CROSS JOIN LATERAL (SELECT CASE
@@ -45,39 +48,42 @@ END $$;
 
 -- skip_duplicate_check is always NULL: REFRESH CONCURRENTLY sorts all rows without a NULL twice, by all columns, to
 -- look for duplicates, which the unique index rules out already; that was three quarters of the time of a refresh.
-CREATE MATERIALIZED VIEW public.user_permission_matrix AS
+CREATE MATERIALIZED VIEW hallpass.user_permission_matrix AS
     SELECT user_id, org_id, role, first_name, last_name, module_name, permission_key, permission_name,
            effective_min_role, is_enabled, user_has_permission, reason, NULL::boolean AS skip_duplicate_check
-    FROM public.effective_user_permissions
+    FROM hallpass.effective_user_permissions
     WHERE (SELECT hallpass.stamp('user_permission_matrix', (SELECT max(seq) FROM hallpass.log)))
     ORDER BY org_id, user_id, permission_key;
 
 -- Consumers: hallpass.load, and REFRESH CONCURRENTLY, which needs a unique index.
-CREATE UNIQUE INDEX user_permission_matrix_key ON public.user_permission_matrix (org_id, user_id, permission_key);
+CREATE UNIQUE INDEX user_permission_matrix_key ON hallpass.user_permission_matrix (org_id, user_id, permission_key);
 
--- Counts an organization. Permissions of a minimum role count the enabled ones, by effective minimum role.
-CREATE MATERIALIZED VIEW public.org_permission_summary AS
+-- Counts an organization, now. All but the first count overrides, those of a role by their own minimum role, enabled or
+-- not; an override of a key that has no template counts nowhere. A condition on org_id reaches the tables.
+CREATE VIEW hallpass.organization_counts AS
     SELECT o.id AS org_id,
            o.name AS org_name,
            count(t.permission_key) AS total_available_permissions,
            count(p.permission_key) AS total_custom_permissions,
-           count(*) FILTER (WHERE p.permission_key IS NOT NULL AND enabled) AS enabled_custom_permissions,
-           count(*) FILTER (WHERE NOT enabled) AS disabled_custom_permissions,
-           count(*) FILTER (WHERE enabled AND min_role = 'admin') AS admin_only_permissions,
-           count(*) FILTER (WHERE enabled AND min_role = 'board_member') AS board_member_permissions,
-           count(*) FILTER (WHERE enabled AND min_role = 'committee_lead') AS committee_lead_permissions,
-           count(*) FILTER (WHERE enabled AND min_role = 'volunteer') AS volunteer_permissions,
+           count(p.permission_key) FILTER (WHERE p.is_enabled IS NOT FALSE) AS enabled_custom_permissions,
+           count(p.permission_key) FILTER (WHERE p.is_enabled IS FALSE) AS disabled_custom_permissions,
+           count(*) FILTER (WHERE p.min_role_required::text = 'admin') AS admin_only_permissions,
+           count(*) FILTER (WHERE p.min_role_required::text = 'board_member') AS board_member_permissions,
+           count(*) FILTER (WHERE p.min_role_required::text = 'committee_lead') AS committee_lead_permissions,
+           count(*) FILTER (WHERE p.min_role_required::text = 'volunteer') AS volunteer_permissions,
            max(p.updated_at) AS last_permission_update
     FROM public.organizations o
     LEFT JOIN public.organization_permission_templates t ON true
     LEFT JOIN public.organization_permissions p ON p.org_id = o.id AND p.permission_key = t.permission_key
-    CROSS JOIN LATERAL (SELECT coalesce(p.is_enabled, true) AS enabled,
-                               coalesce(p.min_role_required, t.default_min_role) AS min_role) effective
-    WHERE (SELECT hallpass.stamp('org_permission_summary', (SELECT max(seq) FROM hallpass.log)))
-    GROUP BY o.id, o.name
-    ORDER BY o.id;
+    GROUP BY o.id, o.name;
 
-CREATE UNIQUE INDEX org_permission_summary_key ON public.org_permission_summary (org_id);
+CREATE MATERIALIZED VIEW hallpass.org_permission_summary AS
+    SELECT *
+    FROM hallpass.organization_counts
+    WHERE (SELECT hallpass.stamp('org_permission_summary', (SELECT max(seq) FROM hallpass.log)))
+    ORDER BY org_id;
+
+CREATE UNIQUE INDEX org_permission_summary_key ON hallpass.org_permission_summary (org_id);
 
 -- Whether a materialized view has data: one refreshed WITH NO DATA, or restored without, cannot be read.
 CREATE FUNCTION hallpass.is_populated(materialized_view regclass) RETURNS boolean
@@ -233,7 +239,7 @@ BEGIN
     CALL hallpass.lock_against_truncate();
     RETURN QUERY
     SELECT h.seq, h.uid, pg_is_in_recovery(), t.permission_key IS NOT NULL, m.org_id IS NOT NULL,
-           coalesce(m.role::text, ''), r.rank, coalesce(e.effective_min_role, t.default_min_role, '')::text,
+           coalesce(m.role::text, ''), r.rank, coalesce(e.effective_min_role, t.default_min_role::text, ''),
            e.min_role_source = 'OVERRIDE', coalesce(e.is_enabled, false), coalesce(e.specific_user, false), e.reason
     FROM (VALUES (1)) one
     LEFT JOIN LATERAL (SELECT seq, uid FROM hallpass.log ORDER BY seq DESC LIMIT 1) h ON true

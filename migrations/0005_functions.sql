@@ -1,5 +1,9 @@
--- What SQL users call, under PTO Connect's names and signatures: checks for policies and queries, the actor of a
--- transaction, the refresh.
+-- What SQL users call, under PTO Connect's names and signatures: the views, checks for policies and queries, the actor of
+-- a transaction, the refresh.
+
+CALL hallpass.publish_view('effective_user_permissions');
+CALL hallpass.publish_view('user_permission_matrix');
+CALL hallpass.publish_view('org_permission_summary');
 
 CREATE FUNCTION public.user_has_permission_in_org(org_id uuid, user_id uuid, permission_key text) RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -23,7 +27,8 @@ BEGIN
     RETURN orgs[1];
 END $$;
 
-CREATE FUNCTION public.user_has_org_permission(user_id_param uuid, permission_key_param character varying)
+CALL hallpass.make_room('user_has_org_permission(uuid, character varying)', in_place => true);
+CREATE OR REPLACE FUNCTION public.user_has_org_permission(user_id_param uuid, permission_key_param character varying)
 RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -31,8 +36,9 @@ BEGIN
         hallpass.only_organization(user_id_param), user_id_param, permission_key_param);
 END $$;
 
+CALL hallpass.make_room('user_has_org_permission_enhanced(uuid, text, boolean)', in_place => true);
 -- use_cache: read the materialized matrix, where it is the truth.
-CREATE FUNCTION public.user_has_org_permission_enhanced(
+CREATE OR REPLACE FUNCTION public.user_has_org_permission_enhanced(
     user_id_param uuid, permission_key_param text, use_cache boolean DEFAULT true) RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -46,39 +52,43 @@ BEGIN
     RETURN public.user_has_permission_in_org(org, user_id_param, permission_key_param);
 END $$;
 
+CALL hallpass.make_room('get_user_permissions_bulk(uuid, text)');
 -- Every permission of a user, in each of the user's organizations; of one module, or of all where it is NULL.
 CREATE FUNCTION public.get_user_permissions_bulk(user_id_param uuid, module_filter text DEFAULT NULL)
-RETURNS TABLE (org_id uuid, role text, module_name text, permission_key text, permission_name text,
-               effective_min_role text, is_enabled boolean, user_has_permission boolean, reason text)
+RETURNS TABLE (permission_key text, module_name text, permission_name text, has_permission boolean,
+               effective_min_role text, is_enabled boolean, org_id uuid, role text, reason text)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN QUERY
-    SELECT e.org_id, e.role::text, e.module_name::text, e.permission_key::text, e.permission_name::text,
-           e.effective_min_role::text, e.is_enabled, e.user_has_permission, e.reason
+    SELECT e.permission_key::text, e.module_name::text, e.permission_name::text, e.user_has_permission,
+           e.effective_min_role, e.is_enabled, e.org_id, e.role, e.reason
     FROM public.effective_user_permissions e
     WHERE e.user_id = user_id_param AND (module_filter IS NULL OR e.module_name = module_filter)
-    ORDER BY e.org_id, e.module_name, e.permission_key;
+    ORDER BY e.org_id, e.module_name, e.permission_name, e.permission_key;
 END $$;
 
+CALL hallpass.make_room('set_session_variables(uuid, uuid, uuid, text, text, text)');
 -- Says who makes the changes of this transaction. It ends with the transaction: a pooled connection hands no actor on.
--- Every value is text on purpose, read one by one where it is used: a malformed one is lost alone.
 CREATE FUNCTION public.set_session_variables(
-    user_id text, profile_id text DEFAULT NULL, org_id text DEFAULT NULL,
+    user_id uuid, profile_id uuid DEFAULT NULL, org_id uuid DEFAULT NULL,
     request_id text DEFAULT NULL, ip_address text DEFAULT NULL, user_agent text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM set_config('app.current_user_id', coalesce(user_id, ''), true),
-            set_config('app.current_profile_id', coalesce(profile_id, ''), true),
-            set_config('app.current_org_id', coalesce(org_id, ''), true),
-            set_config('app.request_id', coalesce(request_id, ''), true),
-            set_config('app.ip_address', coalesce(ip_address, ''), true),
-            set_config('app.user_agent', coalesce(user_agent, ''), true);
+    PERFORM set_config('app.current_user_id', coalesce(user_id::text, ''), true),
+            set_config('app.current_profile_id', coalesce(profile_id::text, ''), true),
+            set_config('app.current_org_id', coalesce(org_id::text, ''), true),
+            set_config('app.current_request_id', coalesce(request_id, ''), true),
+            set_config('app.current_ip', coalesce(ip_address, ''), true),
+            set_config('app.current_user_agent', coalesce(user_agent, ''), true);
 END $$;
 
+CALL hallpass.make_room('refresh_permission_materialized_views()');
 -- Refreshes both materialized views without blocking their readers; one without data has none to block. Each view
--- stamps itself: see hallpass.stamp.
-CREATE FUNCTION public.refresh_permission_materialized_views() RETURNS void
+-- stamps itself: see hallpass.stamp. Returns a sentence to show, with the time it took.
+CREATE FUNCTION public.refresh_permission_materialized_views() RETURNS text
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+DECLARE
+    began CONSTANT timestamptz := clock_timestamp();
 BEGIN
     IF hallpass.is_populated('public.user_permission_matrix') THEN
         REFRESH MATERIALIZED VIEW CONCURRENTLY public.user_permission_matrix;
@@ -90,6 +100,15 @@ BEGIN
     ELSE
         REFRESH MATERIALIZED VIEW public.org_permission_summary;
     END IF;
+    RETURN format('Refreshed user_permission_matrix and org_permission_summary in %s s.',
+                  round(extract(epoch FROM clock_timestamp() - began)::numeric, 3));
 END $$;
+
+-- Those that were replaced in place are there already.
+INSERT INTO hallpass.public_object VALUES
+    ('effective_user_permissions'), ('user_permission_matrix'), ('org_permission_summary'),
+    ('user_has_permission_in_org'), ('user_has_org_permission'), ('user_has_org_permission_enhanced'),
+    ('get_user_permissions_bulk'), ('set_session_variables'), ('refresh_permission_materialized_views')
+ON CONFLICT DO NOTHING;
 
 CALL hallpass.reset_privileges();

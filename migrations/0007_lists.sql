@@ -68,7 +68,7 @@ EXCEPTION WHEN lock_not_available THEN
 END $$;
 
 -- What hallpass.organization_summary returns, in the snapshot of the statement that calls it: from the summary where
--- it is the truth and may be believed, else counted now, by the query of org_permission_summary.
+-- it is the truth and may be believed, else counted now.
 CREATE FUNCTION hallpass.organization_summary_in_snapshot(asked_org_id uuid, believe_summary boolean)
 RETURNS TABLE (head_seq bigint, head_uid integer, in_recovery boolean, org_id uuid, org_name text,
                total_available_permissions integer, total_custom_permissions integer,
@@ -88,25 +88,7 @@ BEGIN
             JOIN public.organization_permission_templates t ON t.permission_key = p.permission_key
             WHERE p.org_id = asked_org_id);
     ELSE
-        SELECT o.id AS org_id,
-               o.name AS org_name,
-               count(t.permission_key) AS total_available_permissions,
-               count(p.permission_key) AS total_custom_permissions,
-               count(*) FILTER (WHERE p.permission_key IS NOT NULL AND enabled) AS enabled_custom_permissions,
-               count(*) FILTER (WHERE NOT enabled) AS disabled_custom_permissions,
-               count(*) FILTER (WHERE enabled AND min_role = 'admin') AS admin_only_permissions,
-               count(*) FILTER (WHERE enabled AND min_role = 'board_member') AS board_member_permissions,
-               count(*) FILTER (WHERE enabled AND min_role = 'committee_lead') AS committee_lead_permissions,
-               count(*) FILTER (WHERE enabled AND min_role = 'volunteer') AS volunteer_permissions,
-               max(p.updated_at) AS last_permission_update
-        INTO counts
-        FROM public.organizations o
-        LEFT JOIN public.organization_permission_templates t ON true
-        LEFT JOIN public.organization_permissions p ON p.org_id = o.id AND p.permission_key = t.permission_key
-        CROSS JOIN LATERAL (SELECT coalesce(p.is_enabled, true) AS enabled,
-                                   coalesce(p.min_role_required, t.default_min_role) AS min_role) effective
-        WHERE o.id = asked_org_id
-        GROUP BY o.id, o.name;
+        SELECT c.* INTO counts FROM hallpass.organization_counts c WHERE c.org_id = asked_org_id;
     END IF;
     RETURN QUERY
     SELECT h.seq, h.uid, pg_is_in_recovery(), counts.org_id, counts.org_name::text,

@@ -9,18 +9,6 @@ CREATE TABLE hallpass.legal_hold (
     lifted_at timestamptz
 );
 
--- Takes every privilege on one object away from everyone but its owner.
-CREATE PROCEDURE hallpass.revoke_all(object text, owner oid, acl aclitem[])
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    held record;
-BEGIN
-    FOR held IN SELECT DISTINCT grantee FROM aclexplode(acl) WHERE grantee <> owner LOOP
-        EXECUTE format('REVOKE ALL ON %s FROM %s CASCADE', object,
-                       CASE held.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(held.grantee)) END);
-    END LOOP;
-END $$;
-
 -- The partitions with their bounds; NULL: without a bound on that side.
 CREATE FUNCTION hallpass.audit_partitions()
 RETURNS TABLE (name regclass, is_default boolean, begins_at timestamptz, ends_at timestamptz)
@@ -167,9 +155,11 @@ BEGIN
     END IF;
 END $$;
 
--- Removes what is older from the audit log and the log, and returns the number of audit rows that are gone. A month's
--- partition goes as a whole once all of it is older. Everything in one transaction; the service takes bounded steps.
-CREATE FUNCTION public.cleanup_old_audit_logs(retention_days integer DEFAULT 365) RETURNS bigint
+CALL hallpass.make_room('cleanup_old_audit_logs(integer)');
+-- Removes what is older from the audit log and the log, and returns a sentence to show, with the number of audit rows
+-- that are gone. A month's partition goes as a whole once all of it is older. Everything in one transaction; the
+-- service takes bounded steps.
+CREATE FUNCTION public.cleanup_old_audit_logs(retention_days integer DEFAULT 365) RETURNS text
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     removed bigint := 0;
@@ -180,39 +170,10 @@ BEGIN
         removed := removed + step.audit_rows;
         EXIT WHEN step.is_done;
     END LOOP;
-    RETURN removed;
+    RETURN format('Removed %s of the audit log''s rows at a retention of %s days.', removed, retention_days);
 EXCEPTION WHEN lock_not_available THEN
     RAISE EXCEPTION 'the audit log is in use, nothing was removed: try again'
         USING ERRCODE = 'lock_not_available';
-END $$;
-
-CREATE OR REPLACE PROCEDURE hallpass.reset_privileges()
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    public_names CONSTANT text[] := ARRAY[
-        'permission_audit_log', 'effective_user_permissions', 'user_permission_matrix', 'org_permission_summary',
-        'user_has_permission_in_org', 'user_has_org_permission', 'user_has_org_permission_enhanced',
-        'get_user_permissions_bulk', 'set_session_variables', 'refresh_permission_materialized_views',
-        'cleanup_old_audit_logs', 'analyze_permission_performance'];
-    own CONSTANT oid := to_regnamespace('hallpass');
-    opened record;
-BEGIN
-    FOR opened IN
-        SELECT 'SCHEMA hallpass' AS object, nspowner AS owner, coalesce(nspacl, acldefault('n', nspowner)) AS acl
-        FROM pg_namespace WHERE oid = own
-        UNION ALL
-        SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || format('%I.%I', nspname, relname),
-               relowner, coalesce(relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", relowner))
-        FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
-        WHERE relkind IN ('r', 'p', 'v', 'm', 'S')
-          AND (relnamespace = own OR nspname = 'public' AND relname = ANY (public_names))
-        UNION ALL
-        SELECT 'ROUTINE ' || p.oid::regprocedure, proowner, coalesce(proacl, acldefault('f', proowner))
-        FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
-        WHERE pronamespace = own OR nspname = 'public' AND proname = ANY (public_names)
-    LOOP
-        CALL hallpass.revoke_all(opened.object, opened.owner, opened.acl);
-    END LOOP;
 END $$;
 
 -- The first months. Where somebody holds the audit log right now, the service makes them at its start.
@@ -222,5 +183,7 @@ BEGIN
 EXCEPTION WHEN lock_not_available THEN
     RAISE NOTICE 'the first partitions of the audit log are left to the service';
 END $$;
+
+INSERT INTO hallpass.public_object VALUES ('cleanup_old_audit_logs');
 
 CALL hallpass.reset_privileges();

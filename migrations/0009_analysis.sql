@@ -1,7 +1,15 @@
 -- analyze_permission_performance(): what an operator should look at, each advice following from the value beside it.
 
--- status: ok, info, warning, critical. recommendation: NULL unless there is something to do.
-CREATE TYPE hallpass.finding AS (metric text, value text, status text, recommendation text);
+-- metric_value: the number that the status follows from; NULL where it is not known. recommendation: NULL unless there
+-- is something to do. status: ok, info, warning, critical. detail: goes on where the number and its unit stop.
+CREATE TYPE hallpass.finding AS (
+    metric_name text,
+    metric_value numeric,
+    metric_unit text,
+    recommendation text,
+    status text,
+    detail text
+);
 
 -- The status of a number that is the worse the greater it is.
 CREATE FUNCTION hallpass.graded(number numeric, warning_from numeric, critical_from numeric) RETURNS text
@@ -35,26 +43,28 @@ CREATE FUNCTION hallpass.findings_of_tables() RETURNS SETOF hallpass.finding
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN QUERY
-    SELECT 'size: ' || name, format('%s rows, %s', live_rows, pg_size_pretty(pg_total_relation_size(name))), 'info',
-           NULL::text
-    FROM hallpass.measured_tables();
+    SELECT 'size: ' || name, bytes::numeric, 'bytes', NULL::text, 'info',
+           format('%s rows, %s', live_rows, pg_size_pretty(bytes))
+    FROM hallpass.measured_tables(), LATERAL (SELECT pg_total_relation_size(name) AS bytes) s;
 
     -- A table of a few pages may be as dead as it likes.
     RETURN QUERY
-    SELECT 'dead rows: ' || name, format('%s%% (%s beside %s)', share, dead_rows, live_rows), grade,
+    SELECT 'dead rows: ' || name, share, '%',
            hallpass.advice(grade, format('VACUUM (ANALYZE) %s; look for an old transaction or replication slot that '
-                                         'holds dead rows, and at the table''s autovacuum settings', name))
+                                         'holds dead rows, and at the table''s autovacuum settings', name)),
+           grade, format('%s dead beside %s', dead_rows, live_rows)
     FROM hallpass.measured_tables(),
          LATERAL (SELECT round(100.0 * dead_rows / greatest(live_rows + dead_rows, 1)) AS share) s,
          LATERAL (SELECT CASE WHEN dead_rows < 1000 THEN 'ok' ELSE hallpass.graded(share, 30, 60) END AS grade) g;
 
     RETURN QUERY
-    SELECT 'reads from memory', format('%s%% of %s blocks', share, asked), grade,
-           hallpass.advice(grade, 'raise shared_buffers, or give the machine memory for the tables whose sizes are above')
+    SELECT 'reads from memory', share, '%',
+           hallpass.advice(grade, 'raise shared_buffers, or give the machine memory for the tables whose sizes are above'),
+           grade, format('of %s blocks', asked)
     FROM (SELECT coalesce(sum(io.heap_blks_hit + io.idx_blks_hit), 0) AS hit,
                  coalesce(sum(io.heap_blks_hit + io.idx_blks_hit + io.heap_blks_read + io.idx_blks_read), 0) AS asked
           FROM hallpass.measured_tables() t JOIN pg_statio_all_tables io ON io.relid = t.name) blocks,
-         LATERAL (SELECT round(100 * hit / greatest(asked, 1), 1) AS share) s,
+         LATERAL (SELECT round(100 * hit / nullif(asked, 0), 1) AS share) s,
          -- The first reads of all come from disk.
          LATERAL (SELECT CASE WHEN asked < 10000 THEN 'info' ELSE hallpass.graded(100 - share, 5, 20) END AS grade) g;
 END $$;
@@ -64,12 +74,11 @@ CREATE FUNCTION hallpass.findings_of_indexes() RETURNS SETOF hallpass.finding
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN QUERY
-    SELECT 'index: ' || index,
-           format('%s scans, %s%s', scans, pg_size_pretty(bytes), CASE WHEN NOT is_valid THEN ', invalid' END),
-           grade,
+    SELECT 'index: ' || index, scans, 'scans',
            hallpass.advice(grade, CASE WHEN is_valid
                THEN 'no query has used it since the statistics began: drop it, unless its consumer is only rare'
-               ELSE 'it costs writers and serves nobody: DROP INDEX CONCURRENTLY, then build it again' END)
+               ELSE 'it costs writers and serves nobody: DROP INDEX CONCURRENTLY, then build it again' END),
+           grade, pg_size_pretty(bytes) || CASE WHEN is_valid THEN '' ELSE ', invalid' END
     FROM (SELECT coalesce(parent.inhparent, i.indexrelid)::regclass AS index, sum(s.idx_scan) AS scans,
                  sum(pg_relation_size(i.indexrelid)) AS bytes, bool_and(i.indisvalid) AS is_valid,
                  bool_and(i.indisunique) AS is_unique, sum(t.live_rows) AS live_rows
@@ -94,27 +103,23 @@ DECLARE
     believed CONSTANT integer := cardinality(hallpass.true_in_matrix(organizations));
 BEGIN
     RETURN QUERY
-    SELECT 'age: public.' || view_name,
-           format('refreshed %s ago, %s', date_trunc('second', now() - refreshed_at),
-                  CASE WHEN is_empty THEN 'holds nothing'
-                       ELSE coalesce('behind for ' || date_trunc('second', behind), 'abreast of the log') END),
-           grade, hallpass.advice(grade, refresh)
+    SELECT 'behind the log: public.' || view_name, seconds, 'seconds', hallpass.advice(grade, refresh), grade,
+           format('refreshed %s ago%s', date_trunc('second', now() - refreshed_at),
+                  CASE WHEN is_empty THEN ', holds nothing' END)
     FROM hallpass.matrix_stamp m,
          LATERAL (SELECT m.seq < 0 OR NOT hallpass.is_populated(('public.' || view_name)::regclass) AS is_empty) e,
-         LATERAL (SELECT (SELECT greatest(now() - l.committed_at, interval '0') FROM hallpass.log l
-                          WHERE l.seq > m.seq ORDER BY l.seq LIMIT 1) AS behind) b,
-         LATERAL (SELECT CASE WHEN is_empty THEN 'critical'
-                              ELSE hallpass.graded(extract(epoch FROM coalesce(behind, '0'))::numeric, 600, 3600)
-                         END AS grade) g
+         LATERAL (SELECT CASE WHEN NOT is_empty THEN coalesce(
+             (SELECT round(extract(epoch FROM greatest(now() - l.committed_at, '0'))) FROM hallpass.log l
+              WHERE l.seq > m.seq ORDER BY l.seq LIMIT 1), 0) END AS seconds) s,
+         LATERAL (SELECT CASE WHEN is_empty THEN 'critical' ELSE hallpass.graded(seconds, 600, 3600) END AS grade) g
     ORDER BY view_name DESC;
 
     -- After a change of the catalog it is none, until the next refresh.
     RETURN QUERY
-    SELECT 'matrix believed', format('%s of %s organizations', believed, cardinality(organizations)), grade,
-           hallpass.advice(grade, refresh)
-    FROM (SELECT CASE WHEN organizations = '{}' THEN 'ok'
-                      ELSE hallpass.graded(1 - believed::numeric / cardinality(organizations), 0.1, 0.5)
-                 END AS grade) g;
+    SELECT 'matrix believed', share, '%', hallpass.advice(grade, refresh), grade,
+           format('for %s of %s organizations', believed, cardinality(organizations))
+    FROM (SELECT round(100.0 * believed / nullif(cardinality(organizations), 0), 1) AS share) s,
+         LATERAL (SELECT hallpass.graded(100 - share, 10, 50) AS grade) g;
 END $$;
 
 -- The audit log's partitions and growth, entries on their way, legal holds.
@@ -133,38 +138,40 @@ BEGIN
          LATERAL (SELECT (first_month + make_interval(months => ahead)) AT TIME ZONE 'UTC' AS month_at) m
     GROUP BY begins;
     RETURN QUERY
-    SELECT 'audit log: months made', format('%s of this and the next two, %s in all', made, months), grade,
-           hallpass.advice(grade, 'CALL hallpass.make_audit_partitions(); and see why no service does it every day')
+    SELECT 'audit log: months made', made::numeric, 'months',
+           hallpass.advice(grade, 'CALL hallpass.make_audit_partitions(); and see why no service does it every day'),
+           grade, format('of this and the next two; %s in all', months)
     FROM (SELECT hallpass.graded(3 - made, 1, 3) AS grade) g;
 
     RETURN QUERY
-    SELECT 'audit log: rows in the DEFAULT partition',
-           CASE WHEN counted > counted_max THEN 'more than ' || counted_max ELSE counted::text END, grade,
+    SELECT 'audit log: rows in the DEFAULT partition', counted::numeric, 'rows',
            hallpass.advice(grade, 'they came when their month had no partition: see that a service runs; retention '
-                                  'removes them row by row')
+                                  'removes them row by row'),
+           grade, CASE WHEN counted > counted_max THEN 'or more' ELSE 'in all' END
     FROM (SELECT count(*) AS counted FROM (SELECT FROM hallpass.permission_audit_log_default LIMIT counted_max + 1) r) c,
          LATERAL (SELECT hallpass.graded(counted, 1, counted_max) AS grade) g;
 
     RETURN QUERY
-    SELECT 'audit log: growth', format('%s rows, %s; %s a day lately', sum(live_rows), pg_size_pretty(sum(bytes)),
+    SELECT 'audit log: growth',
            round(coalesce(sum(live_rows) FILTER (WHERE ends_at > now() - interval '30 days'), 0)
                  / greatest(extract(epoch FROM now() - greatest(
                        min(begins_at) FILTER (WHERE ends_at > now() - interval '30 days'),
-                       (SELECT l.committed_at FROM hallpass.log l ORDER BY l.seq LIMIT 1))) / 86400, 1))), 'info',
-           NULL::text
+                       (SELECT l.committed_at FROM hallpass.log l ORDER BY l.seq LIMIT 1))) / 86400, 1)),
+           'rows a day', NULL::text, 'info', format('lately; %s rows, %s', sum(live_rows), pg_size_pretty(sum(bytes)))
     FROM (SELECT t.live_rows, p.begins_at, p.ends_at, pg_total_relation_size(p.name) AS bytes
           FROM hallpass.audit_partitions() p JOIN hallpass.measured_tables() t ON t.name = p.name) partitions;
 
     RETURN QUERY
-    SELECT 'log: entries not cleared',
-           CASE WHEN counted > counted_max THEN 'more than ' || counted_max ELSE counted::text END, grade,
-           hallpass.advice(grade, 'a service clears hallpass.log_pending at every inspection: see that one runs')
+    SELECT 'log: entries not cleared', counted::numeric, 'entries',
+           hallpass.advice(grade, 'a service clears hallpass.log_pending at every inspection: see that one runs'),
+           grade, CASE WHEN counted > counted_max THEN 'or more' ELSE 'in all' END
     FROM (SELECT count(*) AS counted FROM (SELECT FROM hallpass.log_pending LIMIT counted_max + 1) r) c,
          LATERAL (SELECT hallpass.graded(counted, 10000, counted_max) AS grade) g;
 
     RETURN QUERY
-    SELECT 'legal holds', count(*) || ' in force', 'info',
-           CASE WHEN count(*) > 0 THEN 'nothing is removed from the log before lifted_at is set in hallpass.legal_hold' END
+    SELECT 'legal holds', count(*)::numeric, 'holds',
+           CASE WHEN count(*) > 0 THEN 'nothing is removed from the log before lifted_at is set in hallpass.legal_hold' END,
+           'info', 'in force'
     FROM hallpass.legal_hold WHERE lifted_at IS NULL;
 END $$;
 
@@ -176,31 +183,34 @@ DECLARE
                             WHERE e.extname = 'pg_stat_statements');
 BEGIN
     IF place IS NULL THEN
-        RETURN NEXT ('slow statements', 'not known: pg_stat_statements is not installed', 'info',
-                     'CREATE EXTENSION pg_stat_statements')::hallpass.finding;
+        RETURN NEXT ('slow statements', NULL, 'statements', 'CREATE EXTENSION pg_stat_statements', 'info',
+                     'not known: pg_stat_statements is not installed')::hallpass.finding;
         RETURN;
     END IF;
     RETURN QUERY EXECUTE format($query$
         SELECT 'slow statement: ' || left(regexp_replace(query, '\s+', ' ', 'g'), 120),
-               format('%%s ms on average, %%s calls', round(mean_exec_time::numeric, 1), calls), grade,
-               hallpass.advice(grade, 'EXPLAIN (ANALYZE, BUFFERS) it, and see whether an index above goes unused')
+               ms, 'ms',
+               hallpass.advice(grade, 'EXPLAIN (ANALYZE, BUFFERS) it, and see whether an index above goes unused'),
+               grade, format('on average, %%s calls', calls)
         FROM %s.pg_stat_statements,
-             LATERAL (SELECT hallpass.graded(mean_exec_time::numeric, 50, 1000) AS grade) g
+             LATERAL (SELECT round(mean_exec_time::numeric, 1) AS ms) m,
+             LATERAL (SELECT hallpass.graded(ms, 50, 1000) AS grade) g
         WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
           AND mean_exec_time >= 50
           AND query ~* 'hallpass\.|permission|profiles'
           AND query !~* 'refresh|cleanup_old|make_audit|remove_expired|analyze_permission|^\s*(create|alter|drop|vacuum)'
         ORDER BY total_exec_time DESC LIMIT 5 $query$, place);
     IF NOT FOUND THEN
-        RETURN NEXT ('slow statements', 'none of 50 ms or more', 'ok', NULL)::hallpass.finding;
+        RETURN NEXT ('slow statements', 0, 'statements', NULL, 'ok', 'none takes 50 ms or more')::hallpass.finding;
     END IF;
 EXCEPTION WHEN object_not_in_prerequisite_state THEN
-    RETURN NEXT ('slow statements', 'not known: ' || SQLERRM, 'info',
-                 'add pg_stat_statements to shared_preload_libraries')::hallpass.finding;
+    RETURN NEXT ('slow statements', NULL, 'statements', 'add pg_stat_statements to shared_preload_libraries', 'info',
+                 'not known: ' || SQLERRM)::hallpass.finding;
 END $$;
 
+CALL hallpass.make_room('analyze_permission_performance()');
 CREATE FUNCTION public.analyze_permission_performance()
-RETURNS TABLE (metric text, value text, status text, recommendation text)
+RETURNS TABLE (metric_name text, metric_value numeric, metric_unit text, recommendation text, status text, detail text)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN QUERY SELECT * FROM hallpass.findings_of_tables();
@@ -209,5 +219,7 @@ BEGIN
     RETURN QUERY SELECT * FROM hallpass.findings_of_log();
     RETURN QUERY SELECT * FROM hallpass.findings_of_statements();
 END $$;
+
+INSERT INTO hallpass.public_object VALUES ('analyze_permission_performance');
 
 CALL hallpass.reset_privileges();

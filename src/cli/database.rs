@@ -40,8 +40,8 @@ impl Database {
     pub(super) async fn open_migrated(settings: &DatabaseSettings) -> anyhow::Result<Self> {
         let database = Self::open(settings).await?;
         if database.private.is_some() {
-            migrations::migrate(&database.url, |name| {
-                tracing::info!(name, "applied migration")
+            migrations::migrate(&database.url, |progress| {
+                tracing::info!(?progress, "migrating")
             })
             .await?;
         }

@@ -1,14 +1,19 @@
 //! The schema: the files of `migrations/`, compiled in, applied in order and recorded with their checksums.
 //!
-//! Invariant: one process at a time migrates a database, and a file that was applied never changes.
+//! Invariant: one process at a time migrates a database, a file that was applied never changes, and nobody who uses the
+//! database waits for us longer than a lock takes that we ask for briefly.
 
 use std::time::Duration;
 
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
-use tokio_postgres::Client;
+use tokio_postgres::{Client, error::SqlState};
 
-use super::{DatabaseUrl, DedicatedConnection, StoreError};
+use super::{
+    DatabaseUrl, DedicatedConnection, StoreError,
+    adoption::{self, Survey},
+    describe,
+};
 
 /// One file of `migrations/`.
 pub struct Migration {
@@ -38,10 +43,23 @@ pub const MIGRATIONS: &[Migration] = migrations![
     7 "0007_lists",
     8 "0008_retention",
     9 "0009_analysis",
+    10 "0010_indexes",
 ];
 
-/// A file whose first line is this runs outside a transaction, statement by statement; each ends its line with `;`.
-const NO_TRANSACTION: &str = "-- hallpass: no transaction";
+/// A file whose first line is this is a query, and the statements that it selects are what is run: each by itself and
+/// outside a transaction, as CREATE INDEX CONCURRENTLY must be.
+const RUNS_WHAT_IT_SELECTS: &str =
+    "-- hallpass: runs the statements that this query selects, each by itself";
+
+const UNINSTALL: &str = include_str!("uninstall.sql");
+
+/// How long a migration waits for one lock on a table that the application uses: those who come after it wait as long.
+/// Several are asked for in a row, and all of that stays below half a second, and below PostgreSQL's deadlock_timeout.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// How long a migration keeps trying to get its locks, and how long it leaves the application alone in between.
+const TRIES_MAX: u32 = 300;
+const TRY_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How long to wait for another process that is migrating. Polled: a session blocked in `pg_advisory_lock` would
 /// deadlock with a CREATE INDEX CONCURRENTLY of the one that holds it.
@@ -51,6 +69,15 @@ const LOCK_POLL: Duration = Duration::from_millis(200);
 impl Migration {
     fn checksum(&self) -> String {
         blake3::hash(self.sql.as_bytes()).to_hex().to_string()
+    }
+
+    fn record(&self) -> String {
+        format!(
+            "INSERT INTO hallpass.schema_migrations (version, name, checksum) VALUES ({}, '{}', '{}');\n",
+            self.version,
+            self.name,
+            self.checksum()
+        )
     }
 }
 
@@ -77,17 +104,25 @@ pub enum MigrateError {
     Changed(Vec<&'static str>),
     #[error("another process has been migrating this database for {LOCK_WAIT_MAX:?}")]
     Locked,
-    #[error("migration {name} fails: {source}")]
-    Failed {
-        name: &'static str,
-        source: StoreError,
-    },
+    #[error("hallpass cannot be put on this database, and nothing was changed:\n- {}", .0.join("\n- "))]
+    Blocked(Vec<String>),
+    #[error("hallpass is not on this database")]
+    NotInstalled,
+    #[error(
+        "{name} did not get its locks in {TRIES_MAX} tries: see in pg_stat_activity who holds them ({cause})"
+    )]
+    InUse { name: &'static str, cause: String },
+    #[error("{name} fails: {cause}")]
+    Failed { name: &'static str, cause: String },
 }
 
 const READ_APPLIED: &str =
     "SELECT version, checksum FROM hallpass.schema_migrations ORDER BY version";
 
 const IS_INSTALLED: &str = "SELECT to_regclass('hallpass.schema_migrations') IS NOT NULL";
+
+/// Every name in a migration is qualified; nothing is found, or made, by the login's search path.
+const SESSION: &str = "SET search_path = pg_catalog; SET client_min_messages = warning;\n";
 
 const INSTALL: &str = "
 CREATE SCHEMA IF NOT EXISTS hallpass;
@@ -96,10 +131,8 @@ CREATE TABLE IF NOT EXISTS hallpass.schema_migrations (
     name text NOT NULL,
     checksum text NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT now()
-)";
-
-const RECORD: &str =
-    "INSERT INTO hallpass.schema_migrations (version, name, checksum) VALUES ($1, $2, $3)";
+);
+";
 
 const TRY_LOCK: &str = "SELECT pg_try_advisory_lock(1751215212, 1)";
 
@@ -151,35 +184,196 @@ fn compare(applied: &[(i32, String)]) -> SchemaState {
     }
 }
 
-/// Brings the database's schema up to this program's; `applied` is told of each migration as it is done.
+/// What `migrate` and `uninstall` tell while they work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Of a database that hallpass is put on for the first time: what will change.
+    Note(String),
+    Applied(&'static str),
+    /// Somebody holds a lock that is needed; it is tried again.
+    Waiting(&'static str),
+}
+
+/// Brings the database's schema up to this program's. One that hallpass was not on before is surveyed first.
 ///
 /// # Errors
-/// When a migration fails (the ones before it stay), the schema is not this program's, or the database is away.
+/// When something stands against it (then nothing is changed), a migration fails (the ones before it stay), the schema is
+/// not this program's, or the database is away.
 pub async fn migrate(
     url: &DatabaseUrl,
-    mut applied: impl FnMut(&'static str),
+    progress: impl FnMut(Progress),
+) -> Result<(), MigrateError> {
+    migrate_to(url, i32::MAX, progress).await
+}
+
+/// As [`migrate`], up to a version and no further: how tests make the databases of earlier programs.
+///
+/// # Errors
+/// As [`migrate`].
+pub async fn migrate_to(
+    url: &DatabaseUrl,
+    version: i32,
+    mut progress: impl FnMut(Progress),
 ) -> Result<(), MigrateError> {
     let connection = DedicatedConnection::open(url, None).await?;
-    lock(&connection.client).await?;
-    let missing = match schema_state(&connection).await? {
-        SchemaState::Current => return Ok(()),
-        SchemaState::Ahead(version) => return Err(MigrateError::Ahead(version)),
-        SchemaState::Changed(names) => return Err(MigrateError::Changed(names)),
-        SchemaState::Behind(missing) => missing,
+    let client = &connection.client;
+    lock(client).await?;
+    let missing = missing(&connection).await?;
+    if missing.len() == MIGRATIONS.len() {
+        let Survey { blockers, notes } = adoption::survey(client).await?;
+        if !blockers.is_empty() {
+            return Err(MigrateError::Blocked(blockers));
+        }
+        notes.into_iter().for_each(|n| progress(Progress::Note(n)));
+    }
+    run(client, "the first step", &format!("{SESSION}{INSTALL}")).await?;
+    for migration in missing.into_iter().filter(|m| m.version <= version) {
+        let name = migration.name;
+        if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
+            for statement in selected(client, migration).await? {
+                run(client, name, &statement).await?;
+            }
+            run(client, name, &migration.record()).await?;
+        } else {
+            let script = transaction(&[migration.sql, &migration.record()]);
+            run_with_locks(client, name, &script, &mut progress).await?;
+        }
+        progress(Progress::Applied(name));
+    }
+    Ok(())
+}
+
+/// What [`migrate`] would do, as a script for psql that says what it does; changes nothing.
+///
+/// # Errors
+/// When the schema is not this program's, or the database is away.
+pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
+    let connection = DedicatedConnection::open(url, None).await?;
+    let client = &connection.client;
+    let missing = missing(&connection).await?;
+    let mut script = String::from("-- What `hallpass migrate` would run on this database.\n");
+    if missing.len() == MIGRATIONS.len() {
+        let Survey { blockers, notes } = adoption::survey(client).await?;
+        for (what, lines) in [("NOT BEFORE THIS IS MENDED", blockers), ("note", notes)] {
+            for line in lines {
+                script.push_str(&format!("-- {what}: {line}\n"));
+            }
+        }
+    }
+    script.push_str(&format!("\n{SESSION}"));
+    script.push_str(INSTALL);
+    for migration in missing {
+        script.push_str(&format!("\n-- {}\n\n", migration.name));
+        if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
+            for statement in selected(client, migration).await? {
+                script.push_str(&format!("{statement};\n"));
+            }
+            script.push_str(&migration.record());
+        } else {
+            let transaction = transaction(&[migration.sql, "\n", &migration.record()]);
+            script.push_str(&transaction);
+        }
+    }
+    Ok(script)
+}
+
+/// Takes hallpass off the database: the application's tables and the audit rows stay, what was replaced comes back.
+///
+/// # Errors
+/// When it is not there, something else depends on it (then nothing is changed), or the database is away.
+pub async fn uninstall(
+    url: &DatabaseUrl,
+    mut progress: impl FnMut(Progress),
+) -> Result<(), MigrateError> {
+    let connection = DedicatedConnection::open(url, None).await?;
+    let client = &connection.client;
+    lock(client).await?;
+    if missing(&connection).await?.len() == MIGRATIONS.len() {
+        return Err(MigrateError::NotInstalled);
+    }
+    run(client, "the first step", SESSION).await?;
+    run_with_locks(
+        client,
+        "uninstalling",
+        &transaction(&[UNINSTALL]),
+        &mut progress,
+    )
+    .await
+}
+
+async fn missing(
+    connection: &DedicatedConnection,
+) -> Result<Vec<&'static Migration>, MigrateError> {
+    match schema_state(connection).await? {
+        SchemaState::Current => Ok(Vec::new()),
+        SchemaState::Ahead(version) => Err(MigrateError::Ahead(version)),
+        SchemaState::Changed(names) => Err(MigrateError::Changed(names)),
+        SchemaState::Behind(names) => {
+            let missing = MIGRATIONS.iter().filter(|m| names.contains(&m.name));
+            Ok(missing.collect())
+        }
+    }
+}
+
+async fn selected(client: &Client, migration: &Migration) -> Result<Vec<String>, StoreError> {
+    let rows = client.query(migration.sql, &[]).await?;
+    rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+}
+
+fn transaction(parts: &[&str]) -> String {
+    let lock_timeout = LOCK_TIMEOUT.as_millis();
+    format!(
+        "BEGIN;\nSET LOCAL lock_timeout = '{lock_timeout}ms';\n\n{}COMMIT;\n",
+        parts.concat()
+    )
+}
+
+async fn run(client: &Client, name: &'static str, sql: &str) -> Result<(), MigrateError> {
+    client.batch_execute(sql).await.map_err(|error| {
+        let cause = in_full(&error);
+        MigrateError::Failed { name, cause }
+    })
+}
+
+/// All that PostgreSQL says: which row is in the way, what depends on what.
+fn in_full(error: &tokio_postgres::Error) -> String {
+    let Some(db) = error.as_db_error() else {
+        return describe(error);
     };
-    connection
-        .client
-        .batch_execute(INSTALL)
-        .await
-        .map_err(StoreError::from)?;
-    for migration in MIGRATIONS.iter().filter(|m| missing.contains(&m.name)) {
-        apply(&connection.client, migration)
-            .await
-            .map_err(|error| MigrateError::Failed {
-                name: migration.name,
-                source: error.into(),
-            })?;
-        applied(migration.name);
+    let parts = [Some(db.message()), db.detail(), db.hint()];
+    let said: Vec<&str> = parts.into_iter().flatten().collect();
+    said.join(". ").replace('\n', "; ")
+}
+
+/// Runs a transaction that needs locks on the application's tables, again and again until it gets them.
+async fn run_with_locks(
+    client: &Client,
+    name: &'static str,
+    script: &str,
+    progress: &mut impl FnMut(Progress),
+) -> Result<(), MigrateError> {
+    for tries in 1.. {
+        let Err(error) = client.batch_execute(script).await else {
+            break;
+        };
+        let in_use = [
+            SqlState::LOCK_NOT_AVAILABLE,
+            SqlState::T_R_DEADLOCK_DETECTED,
+        ];
+        let is_in_use = error.code().is_some_and(|code| in_use.contains(code));
+        let cause = in_full(&error);
+        // Fails only where the connection is gone, and the transaction with it.
+        client.batch_execute("ROLLBACK").await.unwrap_or_default();
+        if !is_in_use {
+            return Err(MigrateError::Failed { name, cause });
+        }
+        if tries == TRIES_MAX {
+            return Err(MigrateError::InUse { name, cause });
+        }
+        if tries == 1 {
+            progress(Progress::Waiting(name));
+        }
+        sleep(TRY_INTERVAL).await;
     }
     Ok(())
 }
@@ -198,38 +392,6 @@ async fn lock(client: &Client) -> Result<(), MigrateError> {
         sleep(LOCK_POLL).await;
     }
     Err(MigrateError::Locked)
-}
-
-async fn apply(client: &Client, migration: &Migration) -> Result<(), tokio_postgres::Error> {
-    let in_transaction = !migration.sql.starts_with(NO_TRANSACTION);
-    // Every name in a migration is qualified; nothing is found, or made, by the login's search path.
-    client.batch_execute("SET search_path = pg_catalog").await?;
-    if in_transaction {
-        client.batch_execute("BEGIN").await?;
-    }
-    let done = async {
-        if in_transaction {
-            client.batch_execute(migration.sql).await?;
-        } else {
-            // PostgreSQL wraps a batch in a transaction of its own: such a file goes one statement at a time.
-            for statement in migration.sql.split(";\n") {
-                client.batch_execute(statement).await?;
-            }
-        }
-        client
-            .execute(
-                RECORD,
-                &[&migration.version, &migration.name, &migration.checksum()],
-            )
-            .await
-    }
-    .await;
-    if in_transaction {
-        client
-            .batch_execute(if done.is_ok() { "COMMIT" } else { "ROLLBACK" })
-            .await?;
-    }
-    done.map(|_| ())
 }
 
 #[cfg(test)]

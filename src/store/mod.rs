@@ -3,6 +3,7 @@
 //! Invariant: nobody but this module (and the private server's own start-up) speaks to tokio_postgres, so an error
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
+mod adoption;
 pub mod demo;
 pub mod lists;
 pub mod load;

@@ -58,7 +58,7 @@ CREATE TABLE public.schools (district_id integer REFERENCES districts DEFERRABLE
 
 CREATE TABLE public.approvals (label text, org_id uuid, user_id uuid);
 CREATE FUNCTION public.approve() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    PERFORM set_config('app.request_id', NEW.label, true);
+    PERFORM set_config('app.current_request_id', NEW.label, true);
     UPDATE profiles SET role = NEW.label WHERE org_id = NEW.org_id AND user_id = NEW.user_id;
     RETURN NULL;
 END $$;

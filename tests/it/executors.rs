@@ -83,7 +83,7 @@ SELECT public.user_has_org_permission(user_id, permission_key::varchar),
 FROM unnest($1::uuid[], $2::text[]) WITH ORDINALITY q (user_id, permission_key, n) ORDER BY n";
 
 const READ_BULK: &str = "
-SELECT p.user_has_permission, p.reason, p.role, p.effective_min_role, p.is_enabled,
+SELECT p.has_permission, p.reason, p.role, p.effective_min_role, p.is_enabled,
        p.org_id, q.user_id, p.permission_key
 FROM unnest($1::uuid[]) q (user_id) CROSS JOIN LATERAL public.get_user_permissions_bulk(q.user_id, $2) p";
 

@@ -245,24 +245,22 @@ fn expected_summary(
     };
     for permission in world.catalog.keys() {
         counts.total_available_permissions += 1;
-        let enabled = world.is_enabled(organization, permission);
         let setting = (organization.to_owned(), permission.clone());
-        if world.overrides.contains_key(&setting) {
-            counts.total_custom_permissions += 1;
-            if enabled {
-                counts.enabled_custom_permissions += 1;
-            } else {
-                counts.disabled_custom_permissions += 1;
-            }
+        let Some(setting) = world.overrides.get(&setting) else {
+            continue;
+        };
+        counts.total_custom_permissions += 1;
+        if setting.enabled == Some(false) {
+            counts.disabled_custom_permissions += 1;
+        } else {
+            counts.enabled_custom_permissions += 1;
         }
-        if enabled {
-            match world.min_role(organization, permission) {
-                Some("admin") => counts.admin_only_permissions += 1,
-                Some("board_member") => counts.board_member_permissions += 1,
-                Some("committee_lead") => counts.committee_lead_permissions += 1,
-                Some("volunteer") => counts.volunteer_permissions += 1,
-                _ => {}
-            }
+        match setting.min_role.as_deref() {
+            Some("admin") => counts.admin_only_permissions += 1,
+            Some("board_member") => counts.board_member_permissions += 1,
+            Some("committee_lead") => counts.committee_lead_permissions += 1,
+            Some("volunteer") => counts.volunteer_permissions += 1,
+            _ => {}
         }
     }
     counts.last_permission_update = outside
@@ -640,6 +638,72 @@ async fn a_true_summary_is_what_is_read_unless_it_must_be_fresh() {
     assert_eq!(custom(Freshness::MinimizeLatency).await, (1, position));
     assert_eq!(custom(Freshness::FullyConsistent).await, (0, position));
     server.stop().await;
+}
+
+/// One of each kind, counted by hand: a role counts where it is an override's own, enabled or not.
+#[tokio::test]
+async fn roles_are_counted_by_the_overrides_own() {
+    const SETTINGS: &str = "
+        INSERT INTO public.organization_permissions (org_id, permission_key, min_role_required, is_enabled) VALUES
+            (:lincoln, 'can_view_messages', 'admin', true), (:lincoln, 'can_edit_messages', 'admin', false),
+            (:lincoln, 'can_send_emails', 'board_member', NULL), (:lincoln, 'can_view_budget', 'volunteer', false),
+            (:lincoln, 'can_edit_user_roles', NULL, true), (:lincoln, 'can_view_events', 'teacher', true),
+            (:lincoln, 'no_such_permission', 'admin', true)";
+    const COUNTS: &str = "
+        SELECT org_name, total_available_permissions, total_custom_permissions, enabled_custom_permissions,
+               disabled_custom_permissions, admin_only_permissions, board_member_permissions,
+               committee_lead_permissions, volunteer_permissions, last_permission_update IS NULL
+        FROM $counts ORDER BY org_name DESC";
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    run_sql(&client, SETTINGS).await;
+    let counts = async |relation| {
+        run(&client, REFRESH).await;
+        lines(&client, &COUNTS.replace("$counts", relation)).await
+    };
+    for relation in ["hallpass.organization_counts", "org_permission_summary"] {
+        assert_eq!(
+            counts(relation).await,
+            [
+                "lincoln | 30 | 6 | 4 | 2 | 2 | 1 | 0 | 1 | f",
+                "franklin | 30 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | t"
+            ]
+        );
+    }
+    run(
+        &client,
+        "DELETE FROM public.organization_permission_templates",
+    )
+    .await;
+    for relation in ["hallpass.organization_counts", "org_permission_summary"] {
+        assert_eq!(
+            counts(relation).await,
+            [
+                "lincoln | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | t",
+                "franklin | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | t"
+            ]
+        );
+    }
+}
+
+/// Not all organizations are counted to answer for one.
+#[tokio::test]
+async fn the_counts_of_one_organization_read_its_rows_alone() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    let explain = format!(
+        "SET enable_seqscan = off; SET enable_bitmapscan = off;
+         EXPLAIN SELECT * FROM hallpass.organization_counts WHERE org_id = '{}'",
+        id("lincoln")
+    );
+    let plan = lines(&client, &explain).await;
+    for condition in ["Index Cond: (id = ", "Index Cond: (org_id = "] {
+        assert!(
+            plan.iter().any(|line| line.contains(condition)),
+            "{condition}: {plan:#?}"
+        );
+    }
 }
 
 /// The summary goes by its own stamp and its own file, not by the matrix's.

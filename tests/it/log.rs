@@ -7,7 +7,7 @@ use tokio_postgres::{AsyncMessage, Client, NoTls};
 
 use crate::{
     database::Database,
-    sql::{lines, run, value},
+    sql::{lines, run, sqlstate, value},
 };
 
 /// Written `{A}` in SQL here and `A` in what comes back.
@@ -507,13 +507,25 @@ const ACTOR_CASES: &[ActorCase] = &[
         actor: &["SETTINGS profile bob as hallpass"],
     },
     ActorCase {
+        name: "settings without the function",
+        session: "SELECT set_config('app.current_user_id', {ann}, true), set_config('app.current_profile_id', {bob}, true),
+                  set_config('app.current_org_id', {A}, true), set_config('app.current_request_id', 'req-1', true),
+                  set_config('app.current_ip', '10.0.0.1', true), set_config('app.current_user_agent', 'curl/8', true),
+                  set_config('app.current_session_id', 's-1', true), set_config('app.current_trace_id', 't-1', true)",
+        actor: &[
+            "SETTINGS user ann profile bob ip 10.0.0.1 agent curl/8 request req-1 session s-1 trace t-1 as hallpass",
+        ],
+    },
+    ActorCase {
         name: "a malformed user is lost alone",
-        session: "SELECT set_session_variables('ann', {bob}, {A}, 'req-1', '10.0.0.1', 'curl/8')",
+        session: "SELECT set_session_variables(NULL, {bob}, {A}, 'req-1', '10.0.0.1', 'curl/8');
+                  SET LOCAL app.current_user_id = 'ann'",
         actor: &["SETTINGS profile bob ip 10.0.0.1 agent curl/8 request req-1 as hallpass"],
     },
     ActorCase {
         name: "a malformed profile is lost alone",
-        session: "SELECT set_session_variables({ann}, '42', {A}, 'req-1', '::1', 'curl/8')",
+        session: "SELECT set_session_variables({ann}, NULL, {A}, 'req-1', '::1', 'curl/8');
+                  SET LOCAL app.current_profile_id = '42'",
         actor: &["SETTINGS user ann ip ::1 agent curl/8 request req-1 as hallpass"],
     },
     ActorCase {
@@ -523,13 +535,13 @@ const ACTOR_CASES: &[ActorCase] = &[
     },
     ActorCase {
         name: "a malformed organization changes nothing",
-        session: "SELECT set_session_variables({ann}, org_id => 'Adams')",
+        session: "SELECT set_session_variables({ann}); SET LOCAL app.current_org_id = 'Adams'",
         actor: &["SETTINGS user ann as hallpass"],
     },
     ActorCase {
         name: "what set_session_variables has no parameter for",
         session: "SELECT set_session_variables({ann});
-                  SET LOCAL app.session_id = 's-1'; SET LOCAL app.trace_id = 't-1'",
+                  SET LOCAL app.current_session_id = 's-1'; SET LOCAL app.current_trace_id = 't-1'",
         actor: &["SETTINGS user ann session s-1 trace t-1 as hallpass"],
     },
     ActorCase {
@@ -574,13 +586,13 @@ const ACTOR_CASES: &[ActorCase] = &[
     ActorCase {
         name: "claims nested deeper than the stack",
         session: "SELECT set_config('request.jwt.claims', repeat('[', 100000), true),
-                  set_config('app.request_id', 'req-1', true)",
+                  set_config('app.current_request_id', 'req-1', true)",
         actor: &["NONE request req-1 as hallpass"],
     },
     ActorCase {
         name: "claims with a character that text cannot hold",
         session: r#"SELECT set_config('request.jwt.claims', '{"sub": "\u0000"}', true),
-                    set_config('app.request_id', 'req-1', true)"#,
+                    set_config('app.current_request_id', 'req-1', true)"#,
         actor: &["NONE request req-1 as hallpass"],
     },
     ActorCase {
@@ -635,6 +647,18 @@ async fn the_actor_is_who_the_session_says_value_by_value() {
     let beside = "SELECT DISTINCT database_login, client_address, application_name
                   FROM permission_audit_log WHERE application_name IS NOT NULL";
     assert_eq!(lines(&client, beside).await, ["hallpass | - | the tests"]);
+}
+
+/// Who passes something else than an id is told so; a setting could only lose it.
+#[tokio::test]
+async fn a_malformed_id_is_the_error_of_who_passes_it() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    for arguments in ["'ann'", "{ann}, '42'", "{ann}, {bob}, 'Adams'"] {
+        let call = named(&format!("SELECT set_session_variables({arguments})"));
+        let error = client.batch_execute(&call).await.expect_err(&call);
+        assert_eq!(sqlstate(&error), "22P02", "{call}");
+    }
 }
 
 /// A savepoint that is rolled back takes the actor set within it along.

@@ -12,6 +12,7 @@ mod adoption;
 mod analysis;
 mod belief;
 mod bypass;
+mod calls;
 mod commands;
 mod commit_order;
 mod database;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use hallpass::store::{
     DatabaseUrl, DedicatedConnection,
-    migrations::{MIGRATIONS, MigrateError, SchemaState, migrate, schema_state},
+    migrations::{MIGRATIONS, MigrateError, Progress, SchemaState, migrate, schema_state},
 };
 use tokio::task::JoinSet;
 
@@ -28,6 +28,14 @@ fn names() -> Vec<&'static str> {
     MIGRATIONS.iter().map(|migration| migration.name).collect()
 }
 
+/// What was applied, of all that is told.
+fn applied_name(progress: Progress) -> Option<&'static str> {
+    match progress {
+        Progress::Applied(name) => Some(name),
+        Progress::Note(_) | Progress::Waiting(_) => None,
+    }
+}
+
 async fn state(url: &DatabaseUrl) -> SchemaState {
     let connection = DedicatedConnection::open(url, None).await.unwrap();
     schema_state(&connection).await.unwrap()
@@ -47,15 +55,15 @@ async fn from_nothing_to_current_and_no_further() {
     );
 
     let mut applied = Vec::new();
-    migrate(&url, |name| applied.push(name)).await.unwrap();
+    migrate(&url, |p| applied.extend(applied_name(p)))
+        .await
+        .unwrap();
     assert_eq!(applied, names());
     assert_eq!(lines(&client, APPLIED).await, names());
     assert_eq!(state(&url).await, SchemaState::Current);
     let schema = lines(&client, WHOLE_SCHEMA).await;
 
-    migrate(&url, |name| panic!("{name} applied again"))
-        .await
-        .unwrap();
+    migrate(&url, |p| panic!("{p:?} again")).await.unwrap();
     assert_eq!(lines(&client, WHOLE_SCHEMA).await, schema);
 }
 
@@ -68,8 +76,9 @@ async fn migrators_at_once_apply_each_migration_once() {
     for _ in 0..MIGRATORS {
         let url: DatabaseUrl = database.url.parse().unwrap();
         let applied = applied.clone();
-        migrators
-            .spawn(async move { migrate(&url, |name| applied.lock().unwrap().push(name)).await });
+        migrators.spawn(async move {
+            migrate(&url, |p| applied.lock().unwrap().extend(applied_name(p))).await
+        });
     }
     for migrated in migrators.join_all().await {
         migrated.unwrap();
@@ -124,13 +133,18 @@ async fn another_programs_schema_is_refused_and_left_alone() {
         run(&client, case.tampering).await;
         let schema = lines(&client, WHOLE_SCHEMA).await;
         assert_eq!(state(&url).await, case.state, "{}", case.name);
-        let error = migrate(&url, |name| panic!("{name} applied"))
-            .await
-            .unwrap_err();
+        let error = migrate(&url, |p| panic!("{p:?}")).await.unwrap_err();
         assert_eq!(error.to_string(), case.message, "{}", case.name);
         assert_eq!(lines(&client, WHOLE_SCHEMA).await, schema, "{}", case.name);
     }
 }
+
+/// What an attempt leaves that got no further.
+const BEGUN: &str = "
+CREATE SCHEMA hallpass;
+CREATE TABLE hallpass.schema_migrations (
+    version integer PRIMARY KEY, name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now()
+)";
 
 /// Each migration in turn fails on something that is in its way: the ones before it stay, of itself there is nothing,
 /// and once the way is free the rest is applied.
@@ -138,38 +152,40 @@ async fn another_programs_schema_is_refused_and_left_alone() {
 async fn a_failing_migration_leaves_the_ones_before_it_and_nothing_of_itself() {
     for (in_the_way, free, failing, cause) in [
         (
-            "CREATE TABLE public.organization_permissions ()",
-            "DROP TABLE public.organization_permissions",
+            "VIEW hallpass.members AS SELECT 1",
+            "VIEW hallpass.members",
             0,
-            "relation \"organization_permissions\" already exists",
+            "relation \"members\" already exists",
         ),
         (
-            "CREATE SCHEMA hallpass; CREATE TABLE hallpass.log_org ()",
-            "DROP TABLE hallpass.log_org",
+            "TABLE hallpass.log_org ()",
+            "TABLE hallpass.log_org",
             1,
             "relation \"log_org\" already exists",
         ),
         (
-            "CREATE VIEW public.org_permission_summary AS SELECT 1",
-            "DROP VIEW public.org_permission_summary",
+            "TABLE hallpass.matrix_stamp ()",
+            "TABLE hallpass.matrix_stamp",
             3,
-            "relation \"org_permission_summary\" already exists",
+            "relation \"matrix_stamp\" already exists",
         ),
         (
-            "CREATE FUNCTION public.refresh_permission_materialized_views() RETURNS void LANGUAGE sql AS ''",
-            "DROP FUNCTION public.refresh_permission_materialized_views()",
+            "FUNCTION hallpass.only_organization(uuid) RETURNS uuid LANGUAGE sql AS 'SELECT $1'",
+            "FUNCTION hallpass.only_organization(uuid)",
             4,
-            "function \"refresh_permission_materialized_views\" already exists with same argument types",
+            "function \"only_organization\" already exists with same argument types",
         ),
     ] {
         let database = Database::empty().await;
         let url: DatabaseUrl = database.url.parse().unwrap();
         let client = database.client().await;
-        run(&client, in_the_way).await;
+        run(&client, &format!("{BEGUN}; CREATE {in_the_way}")).await;
         let mut applied = Vec::new();
-        let error = migrate(&url, |name| applied.push(name)).await.unwrap_err();
+        let error = migrate(&url, |p| applied.extend(applied_name(p)))
+            .await
+            .unwrap_err();
         let name = names()[failing];
-        let message = format!("migration {name} fails: database answers wrongly: {cause}");
+        let message = format!("{name} fails: {cause}");
         assert_eq!(error.to_string(), message);
         assert!(matches!(error, MigrateError::Failed { name: failed, .. } if failed == name));
 
@@ -180,9 +196,11 @@ async fn a_failing_migration_leaves_the_ones_before_it_and_nothing_of_itself() {
             SchemaState::Behind(names()[failing..].to_vec())
         );
 
-        run(&client, free).await;
+        run(&client, &format!("DROP {free}")).await;
         let mut applied = Vec::new();
-        migrate(&url, |name| applied.push(name)).await.unwrap();
+        migrate(&url, |p| applied.extend(applied_name(p)))
+            .await
+            .unwrap();
         assert_eq!(applied, names()[failing..], "{name} had left something");
     }
 }

@@ -120,7 +120,7 @@ async fn a_stranger_is_refused() {
         "SELECT FROM effective_user_permissions",
         "SELECT refresh_permission_materialized_views()",
         "SELECT user_has_permission_in_org(NULL, NULL, NULL)",
-        "SELECT set_session_variables('x')",
+        "SELECT set_session_variables(NULL)",
         "SELECT hallpass.head()",
         "SELECT cleanup_old_audit_logs()",
         "SELECT * FROM analyze_permission_performance()",

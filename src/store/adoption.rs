@@ -1,0 +1,70 @@
+//! Looks at a database that hallpass is about to be put on: what stands against it, and what will change.
+//!
+//! Invariant: it only reads. What it finds is told all at once, before anything is changed.
+
+use tokio_postgres::Client;
+
+use super::StoreError;
+
+/// What a look at the database found, a line each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Survey {
+    /// What must be mended first; none: hallpass can be put there.
+    pub(super) blockers: Vec<String>,
+    /// What will change for the application, and what to know.
+    pub(super) notes: Vec<String>,
+}
+
+const SURVEY: &str = include_str!("survey.sql");
+
+/// Queries, for those tables and columns that are there, each of one line a finding.
+const SURVEYS_OF_ROWS: &str = r#"
+WITH shape AS (
+    SELECT CASE WHEN EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('public.profiles')
+                             AND attname = 'user_id' AND NOT attisdropped) THEN 'user_id' ELSE 'id' END AS user_column
+), queries (is_blocker, name, columns, query) AS (
+    SELECT true, name, columns, $$
+        SELECT format('public.%1$I has (%2$s) more than once, %%s times, such as (%%s)', count(*), min(example))
+        FROM (SELECT concat_ws(', ', %2$s) AS example FROM public.%1$I
+              WHERE num_nulls(%2$s) = 0 GROUP BY %2$s HAVING count(*) > 1) repeated
+        HAVING count(*) > 0 $$
+    FROM shape, LATERAL (VALUES ('profiles', ARRAY['org_id', user_column]),
+                                ('organization_permissions', ARRAY['org_id', 'permission_key']),
+                                ('organization_permission_templates', ARRAY['permission_key'])) keys (name, columns)
+    UNION ALL
+    SELECT false, 'profiles', ARRAY['role', 'org_id'], $$
+        SELECT format('role %%s of %%s members is not on the role ladder: it satisfies no permission',
+                      coalesce(quote_literal(role::text), 'NULL'), count(*))
+        FROM public.%1$I
+        WHERE org_id IS NOT NULL AND coalesce(role::text, '') <> ALL ($$ || quote_literal(ladder) || $$)
+        GROUP BY role ORDER BY count(*) DESC $$
+    FROM (SELECT CASE WHEN to_regclass('public.permission_roles') IS NULL
+                 THEN '{parent_member,teacher,volunteer,committee_lead,board_member,admin}' END) l (ladder)
+    WHERE ladder IS NOT NULL
+)
+SELECT is_blocker, format(query, name, array_to_string(columns, ', ')) FROM queries
+WHERE cardinality(columns) = (SELECT count(*) FROM pg_attribute
+                              WHERE attrelid = to_regclass('public.' || name) AND attname = ANY (columns) AND NOT attisdropped)"#;
+
+/// # Errors
+/// When the database cannot be asked.
+pub(super) async fn survey(client: &Client) -> Result<Survey, StoreError> {
+    let mut findings: Vec<(bool, String)> = Vec::new();
+    for row in client.query(SURVEY, &[]).await? {
+        findings.push((row.try_get(0)?, row.try_get(1)?));
+    }
+    for query in client.query(SURVEYS_OF_ROWS, &[]).await? {
+        let is_blocker = query.try_get(0)?;
+        for row in client.query(query.try_get::<_, &str>(1)?, &[]).await? {
+            findings.push((is_blocker, row.try_get(0)?));
+        }
+    }
+    let of_kind = |is_blocker| {
+        let lines = findings.iter().filter(|(kind, _)| *kind == is_blocker);
+        lines.map(|(_, line)| line.clone()).collect()
+    };
+    Ok(Survey {
+        blockers: of_kind(true),
+        notes: of_kind(false),
+    })
+}

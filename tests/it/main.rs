@@ -22,6 +22,7 @@ mod executors;
 mod feed;
 mod freshness;
 mod inspect;
+mod left_again;
 mod limits;
 mod lists;
 mod log;

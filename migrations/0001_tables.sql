@@ -133,6 +133,21 @@ CREATE TABLE hallpass.public_object (
     keeps_grants boolean NOT NULL DEFAULT false
 );
 
+-- The functions among them. The application may have others of the same names.
+CREATE FUNCTION hallpass.public_function(OUT name text, OUT signature text) RETURNS SETOF record
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN QUERY VALUES
+        ('user_has_org_permission', 'user_has_org_permission(uuid, character varying)'),
+        ('user_has_org_permission_enhanced', 'user_has_org_permission_enhanced(uuid, text, boolean)'),
+        ('user_has_permission_in_org', 'user_has_permission_in_org(uuid, uuid, text)'),
+        ('get_user_permissions_bulk', 'get_user_permissions_bulk(uuid, text)'),
+        ('set_session_variables', 'set_session_variables(uuid, uuid, uuid, text, text, text)'),
+        ('refresh_permission_materialized_views', 'refresh_permission_materialized_views()'),
+        ('cleanup_old_audit_logs', 'cleanup_old_audit_logs(integer)'),
+        ('analyze_permission_performance', 'analyze_permission_performance()');
+END $$;
+
 -- Who but the owner is meant to do what, in the words of GRANT: the migration that makes an object says it here.
 CREATE TABLE hallpass.intended_privilege (
     grantee text,                           -- a role, which need not exist yet; or PUBLIC
@@ -204,9 +219,11 @@ END $$;
 -- Adoption: how hallpass takes the place of what the application had under the same names.
 
 -- The statements that bring back what was replaced or switched off, run in reverse order by `migrate --uninstall`.
+-- goes_ahead: it takes long, and is run before anybody is made to wait for the others.
 CREATE TABLE hallpass.undo (
     n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    statement text NOT NULL
+    statement text NOT NULL,
+    goes_ahead boolean NOT NULL DEFAULT false
 );
 
 -- The privileges that roles keep on what takes an object's place. Only those of roles that row-level security does not
@@ -248,7 +265,8 @@ BEGIN
     IF FOUND THEN
         CALL hallpass.keep_privileges('TABLE public.' || name, old.relacl);
         IF old.kind = 'MATERIALIZED VIEW' AND old.relispopulated THEN
-            INSERT INTO hallpass.undo (statement) VALUES ('REFRESH MATERIALIZED VIEW public.' || name);
+            INSERT INTO hallpass.undo (statement, goes_ahead)
+            VALUES ('REFRESH MATERIALIZED VIEW hallpass_replaced.' || name, true);
         END IF;
         CALL hallpass.set_aside(old.kind, name);
         IF old.kind = 'MATERIALIZED VIEW' THEN
@@ -275,7 +293,7 @@ BEGIN
         INSERT INTO hallpass.public_object VALUES (split_part(signature, '(', 1), true);
     ELSE
         CALL hallpass.keep_privileges('ROUTINE public.' || signature, acl);
-        CALL hallpass.set_aside('FUNCTION', signature);
+        CALL hallpass.set_aside('ROUTINE', signature);
     END IF;
 END $$;
 

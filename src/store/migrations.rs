@@ -52,6 +52,19 @@ const RUNS_WHAT_IT_SELECTS: &str =
     "-- hallpass: runs the statements that this query selects, each by itself";
 
 const UNINSTALL: &str = include_str!("uninstall.sql");
+const REMOVE: &str = include_str!("remove.sql");
+const DEPENDENTS: &str = include_str!("dependents.sql");
+const UNDO_AHEAD: &str = "SELECT statement FROM hallpass.undo WHERE goes_ahead ORDER BY n DESC";
+const UNINSTALLING: &str = "uninstalling";
+
+/// Whether an earlier uninstall came no further than to bring back what was replaced.
+const IS_LEFT_OVER: &str = "
+SELECT to_regclass('hallpass.schema_migrations') IS NULL AND to_regclass('hallpass.undo') IS NOT NULL";
+
+/// Those of this database; pg_locks shows everybody's to everybody.
+const RUNNING_TRANSACTIONS: &str = "
+SELECT virtualxid FROM pg_locks JOIN pg_stat_activity a USING (pid)
+WHERE locktype = 'virtualxid' AND granted AND pid <> pg_backend_pid() AND datname = current_database()";
 
 /// How long a migration waits for one lock on a table that the application uses: those who come after it wait as long.
 /// Several are asked for in a row, and all of that stays below half a second, and below PostgreSQL's deadlock_timeout.
@@ -65,6 +78,9 @@ const TRY_INTERVAL: Duration = Duration::from_millis(500);
 /// deadlock with a CREATE INDEX CONCURRENTLY of the one that holds it.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(300);
 const LOCK_POLL: Duration = Duration::from_millis(200);
+
+/// How long an uninstall waits for the transactions that began before it.
+const OUTLAST_MAX: Duration = Duration::from_secs(10);
 
 impl Migration {
     fn checksum(&self) -> String {
@@ -108,6 +124,8 @@ pub enum MigrateError {
     Blocked(Vec<String>),
     #[error("hallpass is not on this database")]
     NotInstalled,
+    #[error("hallpass cannot be taken off this database, and nothing was changed: drop or change what uses it\n- {}", .0.join("\n- "))]
+    Used(Vec<String>),
     #[error(
         "{name} did not get its locks in {TRIES_MAX} tries: see in pg_stat_activity who holds them ({cause})"
     )]
@@ -142,7 +160,7 @@ const TRY_LOCK: &str = "SELECT pg_try_advisory_lock(1751215212, 1)";
 /// When the database cannot be asked.
 pub async fn schema_state(connection: &DedicatedConnection) -> Result<SchemaState, StoreError> {
     let client = &connection.client;
-    if !client.query_one(IS_INSTALLED, &[]).await?.get::<_, bool>(0) {
+    if !is_true(client, IS_INSTALLED).await? {
         return Ok(SchemaState::Behind(
             MIGRATIONS.iter().map(|m| m.name).collect(),
         ));
@@ -230,7 +248,7 @@ pub async fn migrate_to(
     for migration in missing.into_iter().filter(|m| m.version <= version) {
         let name = migration.name;
         if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
-            for statement in selected(client, migration).await? {
+            for statement in first_column(client, migration.sql).await? {
                 run(client, name, &statement).await?;
             }
             run(client, name, &migration.record()).await?;
@@ -251,7 +269,10 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
     let connection = DedicatedConnection::open(url, None).await?;
     let client = &connection.client;
     let missing = missing(&connection).await?;
-    let mut script = String::from("-- What `hallpass migrate` would run on this database.\n");
+    // What comes after a failure counts on what failed.
+    let mut script = String::from(
+        "-- What `hallpass migrate` would run on this database.\n\\set ON_ERROR_STOP on\n",
+    );
     if missing.len() == MIGRATIONS.len() {
         let Survey { blockers, notes } = adoption::survey(client).await?;
         for (what, lines) in [("NOT BEFORE THIS IS MENDED", blockers), ("note", notes)] {
@@ -265,7 +286,7 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
     for migration in missing {
         script.push_str(&format!("\n-- {}\n\n", migration.name));
         if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
-            for statement in selected(client, migration).await? {
+            for statement in first_column(client, migration.sql).await? {
                 script.push_str(&format!("{statement};\n"));
             }
             script.push_str(&migration.record());
@@ -288,17 +309,58 @@ pub async fn uninstall(
     let connection = DedicatedConnection::open(url, None).await?;
     let client = &connection.client;
     lock(client).await?;
-    if missing(&connection).await?.len() == MIGRATIONS.len() {
+    let is_left_over = is_true(client, IS_LEFT_OVER).await?;
+    if !is_left_over && missing(&connection).await?.len() == MIGRATIONS.len() {
         return Err(MigrateError::NotInstalled);
     }
-    run(client, "the first step", SESSION).await?;
-    run_with_locks(
-        client,
-        "uninstalling",
-        &transaction(&[UNINSTALL]),
-        &mut progress,
+    let dependents = first_column(client, DEPENDENTS).await?;
+    if !dependents.is_empty() {
+        return Err(MigrateError::Used(dependents));
+    }
+    if !is_left_over {
+        // What takes long comes first, where nobody waits for it; by the search path that the application's names are
+        // found by.
+        for statement in first_column(client, UNDO_AHEAD).await? {
+            run(client, UNINSTALLING, &statement).await?;
+        }
+        run(client, UNINSTALLING, SESSION).await?;
+        let script = transaction(&[UNINSTALL]);
+        run_with_locks(client, UNINSTALLING, &script, &mut progress).await?;
+        outlast_transactions(client).await?;
+    }
+    run(client, UNINSTALLING, SESSION).await?;
+    let script = transaction(&[REMOVE, &drop_schema()]);
+    run_with_locks(client, UNINSTALLING, &script, &mut progress).await
+}
+
+/// CASCADE, for the schema is hallpass's alone; what came to depend on it since the last look is not.
+fn drop_schema() -> String {
+    format!(
+        "
+DO $$
+BEGIN
+    IF EXISTS ({DEPENDENTS}) THEN
+        RAISE EXCEPTION 'something has just come to depend on hallpass' USING HINT = 'Try again to see what.';
+    END IF;
+END $$;
+DROP SCHEMA hallpass CASCADE;
+"
     )
-    .await
+}
+
+/// Waits until the transactions are over that may be calling what was replaced a moment ago. Not for ever: what calls it
+/// for long holds locks on the tables, and was waited for already.
+async fn outlast_transactions(client: &Client) -> Result<(), StoreError> {
+    let deadline = Instant::now() + OUTLAST_MAX;
+    let running: Vec<String> = first_column(client, RUNNING_TRANSACTIONS).await?;
+    loop {
+        let still_running = first_column(client, RUNNING_TRANSACTIONS).await?;
+        let is_over = running.iter().all(|id| !still_running.contains(id));
+        if is_over || Instant::now() > deadline {
+            return Ok(());
+        }
+        sleep(LOCK_POLL).await;
+    }
 }
 
 async fn missing(
@@ -315,8 +377,12 @@ async fn missing(
     }
 }
 
-async fn selected(client: &Client, migration: &Migration) -> Result<Vec<String>, StoreError> {
-    let rows = client.query(migration.sql, &[]).await?;
+async fn is_true(client: &Client, query: &str) -> Result<bool, StoreError> {
+    Ok(client.query_one(query, &[]).await?.try_get(0)?)
+}
+
+async fn first_column(client: &Client, query: &str) -> Result<Vec<String>, StoreError> {
+    let rows = client.query(query, &[]).await?;
     rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
 }
 

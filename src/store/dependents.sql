@@ -10,7 +10,7 @@ WITH own AS (
     SELECT to_regprocedure('public.' || signature), 0
     FROM hallpass.public_object JOIN hallpass.public_function() f USING (name) WHERE NOT keeps_grants
 ), used AS (
-    SELECT oid FROM own
+    SELECT oid FROM own WHERE oid IS NOT NULL
     UNION SELECT t.oid FROM pg_type t JOIN own ON own.reltype <> 0 AND own.reltype IN (t.oid, t.typelem)
 )
 SELECT DISTINCT CASE WHEN rulename = '_RETURN' THEN pg_describe_object('pg_class'::regclass, ev_class, 0)

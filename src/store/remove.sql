@@ -1,20 +1,16 @@
--- What uninstall.sql has left: nobody is in the middle of it any more. Everything in public is dropped without CASCADE:
--- whatever came to depend on it a moment ago makes the whole fail.
+-- What uninstall.sql has left: nobody is in the middle of it any more. It goes with schema hallpass.
 DO $$
 DECLARE
     going record;
 BEGIN
     FOR going IN
-        SELECT signature FROM hallpass.public_object JOIN hallpass.public_function() f USING (name)
-    LOOP
-        EXECUTE format('DROP FUNCTION public.%s', going.signature);
-    END LOOP;
-    -- Those that are read from after those that read them.
-    FOR going IN
-        SELECT CASE relkind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'VIEW' END AS kind, c.oid::regclass AS name
+        SELECT 'FUNCTION' AS kind, signature
+        FROM hallpass.public_object JOIN hallpass.public_function() f USING (name)
+        UNION ALL
+        SELECT CASE relkind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'VIEW' END, o.name
         FROM hallpass.public_object o JOIN pg_class c ON c.oid = to_regclass('public.' || o.name)
-        WHERE relkind IN ('v', 'm') ORDER BY relkind = 'v'
+        WHERE relkind IN ('v', 'm')
     LOOP
-        EXECUTE format('DROP %s %s', going.kind, going.name);
+        EXECUTE format('ALTER %s public.%s SET SCHEMA hallpass', going.kind, going.signature);
     END LOOP;
 END $$;

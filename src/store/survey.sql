@@ -150,13 +150,14 @@ UNION ALL
 SELECT false, format('%s is the user of a membership', CASE user_column WHEN 'id' THEN 'profiles.id' ELSE 'profiles.user_id' END)
 FROM shape WHERE to_regclass('public.profiles') IS NOT NULL
 UNION ALL
-SELECT false, format('%s is replaced in place, with the privileges it has', target)
+SELECT false, format('function %s is replaced in place, with the privileges it has', target)
 FROM functions WHERE has_arguments = arguments AND stays_in_place
 UNION ALL
-SELECT false, 'replaced, the old ones set aside in schema hallpass_replaced: ' || string_agg(target, ', ')
+SELECT false, 'replaced, the old ones set aside in schema hallpass_replaced: ' || string_agg(target, ', ' ORDER BY target)
 FROM going HAVING count(*) > 0
 UNION ALL
-SELECT false, format('row-level security binds %s, who may no longer use %s', grantees, string_agg(target, ', '))
+SELECT false, format('row-level security binds %s, who may no longer use %s', grantees,
+                     string_agg(target, ', ' ORDER BY target))
 FROM (SELECT target, string_agg(DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(grantee)::text END, ', ') AS grantees
       FROM going, aclexplode(acl) LEFT JOIN pg_roles r ON r.oid = grantee
       WHERE grantee <> owner AND NOT coalesce(rolbypassrls, false) AND privilege_type IN ('SELECT', 'EXECUTE')

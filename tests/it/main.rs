@@ -6,6 +6,10 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod adopt_cases;
+mod adopt_indexes;
+mod adopt_load;
+mod adopt_refused;
 mod adopted;
 mod adopted_scenarios;
 mod adoption;
@@ -17,6 +21,7 @@ mod commands;
 mod commit_order;
 mod database;
 mod deadlines;
+mod dump;
 mod embedded;
 mod executors;
 mod feed;
@@ -47,3 +52,6 @@ mod standby;
 mod start_stop;
 mod support;
 mod tidy;
+mod uninstall;
+mod upgrade;
+mod writers;

@@ -37,7 +37,7 @@ const PHASE_2_ROWS: &str = include_str!("../adoption/phase2_rows.sql");
 const RELAX_PHASE_2: &str = "ALTER TABLE permission_audit_log DROP CONSTRAINT permission_audit_log_changed_by_profile_id_fkey";
 
 /// Whom the rows speak of.
-const ORGANIZATIONS: [&str; 3] = ["lincoln", "franklin", "madison"];
+pub(crate) const ORGANIZATIONS: [&str; 3] = ["lincoln", "franklin", "madison"];
 pub(crate) const USERS: [&str; 9] = [
     "ann", "bob", "cam", "vic", "pat", "tia", "dan", "eve", "lou",
 ];

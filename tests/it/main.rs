@@ -18,6 +18,7 @@ mod embedded;
 mod executors;
 mod feed;
 mod freshness;
+mod indexes;
 mod inspect;
 mod limits;
 mod lists;

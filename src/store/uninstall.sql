@@ -24,8 +24,6 @@ END $$;
 
 DROP MATERIALIZED VIEW public.user_permission_matrix, public.org_permission_summary;
 DROP VIEW public.effective_user_permissions;
-DROP INDEX IF EXISTS public.hallpass_members_key, public.hallpass_overrides_key, public.hallpass_catalog_key,
-                     public.hallpass_profiles_user_org;
 
 DO $$
 DECLARE

@@ -21,6 +21,7 @@ mod embedded;
 mod executors;
 mod feed;
 mod freshness;
+mod indexes;
 mod inspect;
 mod left_again;
 mod limits;

@@ -72,9 +72,14 @@ SELECT * FROM (VALUES
     ('admin', 4)
 ) ladder WHERE NOT EXISTS (SELECT FROM hallpass.adopted_table WHERE name = 'permission_roles');
 
-INSERT INTO public.organization_permission_templates
-    (module_name, permission_key, permission_name, default_min_role)
-SELECT * FROM (VALUES
+-- Not one statement with a condition: where the column is an enum of the application's, it would not even be planned.
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM hallpass.adopted_table WHERE name = 'organization_permission_templates') THEN
+        RETURN;
+    END IF;
+    INSERT INTO public.organization_permission_templates
+    (module_name, permission_key, permission_name, default_min_role) VALUES
     ('communications', 'can_view_messages', 'View Messages', 'volunteer'),
     ('communications', 'can_create_messages', 'Create Messages', 'committee_lead'),
     ('communications', 'can_edit_messages', 'Edit Messages', 'committee_lead'),
@@ -104,8 +109,8 @@ SELECT * FROM (VALUES
     ('user_management', 'can_view_users', 'View Users', 'committee_lead'),
     ('user_management', 'can_edit_user_roles', 'Edit User Roles', 'admin'),
     ('user_management', 'can_invite_users', 'Invite Users', 'board_member'),
-    ('user_management', 'can_remove_users', 'Remove Users', 'admin')
-) catalog WHERE NOT EXISTS (SELECT FROM hallpass.adopted_table WHERE name = 'organization_permission_templates');
+    ('user_management', 'can_remove_users', 'Remove Users', 'admin');
+END $$;
 
 -- Every statement of hallpass reads memberships here and nowhere else. Of the two shapes of profiles, one has the user in
 -- user_id; in the other a profile's id is the user, who then belongs to one organization at most.

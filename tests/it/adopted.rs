@@ -6,7 +6,7 @@ use crate::{
     database::Shape,
     names::id,
     privileges::PRIVILEGES,
-    pto::{OLD_AUDIT_LOG, Phase, Pto, resolve},
+    pto::{OLD_AUDIT_LOG, Phase, Pto, adopt, resolve},
     server::{Server, config},
     sql::{lines, run, sqlstate, value},
 };
@@ -85,6 +85,62 @@ async fn a_user_who_is_deleted_is_no_member_and_the_log_says_so() {
         "SELECT change_type, table_name, org_id, affected_user_id FROM permission_audit_log";
     let expected = format!("DELETE | profiles | {} | {}", id("lincoln"), id("vic"));
     assert_eq!(lines(&client, recorded).await, [expected]);
+    server.stop().await;
+}
+
+/// Types that tables of this kind also have: roles as an enum, times without a zone.
+const OTHER_TYPES: &str = "
+CREATE TYPE user_role AS ENUM ('admin', 'board_member', 'committee_lead', 'volunteer', 'parent_member', 'teacher');
+ALTER TABLE profiles ALTER role TYPE user_role USING role::user_role;
+ALTER TABLE organization_permissions ALTER min_role_required TYPE user_role USING min_role_required::user_role;
+ALTER TABLE organization_permissions ALTER updated_at DROP DEFAULT, ALTER updated_at TYPE timestamp;
+ALTER TABLE organization_permission_templates
+    ALTER default_min_role DROP DEFAULT, ALTER default_min_role TYPE user_role USING default_min_role::user_role";
+
+#[tokio::test]
+async fn columns_may_have_other_types() {
+    let database = Pto::new(Shape::A, Phase::One).found().await;
+    let client = database.client().await;
+    run(&client, OTHER_TYPES).await;
+    adopt(&database.url).await;
+    let server = Server::start(config(&database.url)).await;
+    for refreshed in [false, true] {
+        if refreshed {
+            run(&client, "SELECT refresh_permission_materialized_views()").await;
+        }
+        for (user, permission, said) in [
+            ("bob", "can_approve_expenses", "allow GRANTED_BY_ROLE"),
+            ("vic", "can_approve_expenses", "allow GRANTED_TO_USER"),
+            ("pat", "can_approve_expenses", "deny ROLE_TOO_LOW"),
+        ] {
+            let answer = server.check_now("lincoln", user, permission).await;
+            assert_eq!(answer.said, said, "{user} {permission}");
+        }
+        let holders =
+            "SELECT role, reason FROM hallpass.permission_holders(:lincoln, 'can_approve_expenses',
+                           '00000000-0000-0000-0000-000000000000', 9) ORDER BY 1";
+        let holders = lines(&client, &resolve(Shape::A, holders)).await;
+        let expected = [
+            "admin | GRANTED_BY_ROLE",
+            "board_member | GRANTED_BY_ROLE",
+            "volunteer | GRANTED_TO_USER",
+        ];
+        assert_eq!(holders, expected);
+        let summary = "SELECT disabled_custom_permissions, board_member_permissions, last_permission_update IS NOT NULL
+                       FROM hallpass.organization_summary(:lincoln, true)";
+        assert_eq!(
+            lines(&client, &resolve(Shape::A, summary)).await,
+            ["1 | 2 | t"]
+        );
+        let bulk = "SELECT count(*) FROM get_user_permissions_bulk(:bob)";
+        assert_eq!(value(&client, &resolve(Shape::A, bulk)).await, "6");
+    }
+    let promote = "UPDATE profiles SET role = 'admin' WHERE user_id = :pat";
+    run(&client, &resolve(Shape::A, promote)).await;
+    let answer = server
+        .check_now("lincoln", "pat", "can_approve_expenses")
+        .await;
+    assert_eq!(answer.said, "allow GRANTED_BY_ROLE");
     server.stop().await;
 }
 

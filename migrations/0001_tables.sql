@@ -100,36 +100,78 @@ CREATE VIEW hallpass.members AS
     FROM public.profiles
     WHERE org_id IS NOT NULL AND user_id IS NOT NULL;
 
--- Takes every privilege on hallpass's own objects away from everyone but their owner: default privileges of the
--- database (a hosted one may grant everything to everyone) must not reach them. Each migration ends with it.
+-- hallpass's objects in schema public, where nothing but the name tells them from the application's: the migration that
+-- makes one says so here. keeps_grants: it took the place of the application's own, whose grants stay as they are.
+CREATE TABLE hallpass.public_object (
+    name text PRIMARY KEY,
+    keeps_grants boolean NOT NULL DEFAULT false
+);
+
+-- Who but the owner is meant to do what, in the words of GRANT: the migration that makes an object says it here.
+CREATE TABLE hallpass.intended_privilege (
+    grantee text,                           -- a role, which need not exist yet; or PUBLIC
+    privilege text,
+    object text,                            -- SCHEMA s, TABLE s.t, SEQUENCE s.t or ROUTINE s.f(types)
+    PRIMARY KEY (grantee, privilege, object)
+);
+
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'USAGE', 'SCHEMA hallpass'),
+    ('hallpass_service', 'SELECT', 'TABLE hallpass.schema_migrations'),
+    ('hallpass_auditor', 'USAGE', 'SCHEMA hallpass'),
+    ('hallpass_auditor', 'SELECT', 'TABLE hallpass.schema_migrations');
+
+-- Takes every privilege on one object away from everyone but its owner.
+CREATE PROCEDURE hallpass.revoke_all(object text, owner oid, acl aclitem[])
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    held record;
+BEGIN
+    FOR held IN SELECT DISTINCT grantee FROM aclexplode(acl) WHERE grantee <> owner LOOP
+        EXECUTE format('REVOKE ALL ON %s FROM %s CASCADE', object,
+                       CASE held.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(held.grantee)) END);
+    END LOOP;
+END $$;
+
+-- Gives hallpass's own objects the privileges that are intended and no others: default privileges of the database (a
+-- hosted one may grant everything to everyone) must not reach them. Each migration ends with it, and so does
+-- deploy/sql/roles.sql, which makes the roles.
 CREATE PROCEDURE hallpass.reset_privileges()
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    public_names CONSTANT text[] := ARRAY[
-        'permission_audit_log', 'effective_user_permissions', 'user_permission_matrix', 'org_permission_summary',
-        'user_has_permission_in_org', 'user_has_org_permission', 'user_has_org_permission_enhanced',
-        'get_user_permissions_bulk', 'set_session_variables', 'refresh_permission_materialized_views'];
     own CONSTANT oid := to_regnamespace('hallpass');
-    held record;
+    closed_names CONSTANT text[] := ARRAY(SELECT name FROM hallpass.public_object WHERE NOT keeps_grants);
+    opened record;
+    intended hallpass.intended_privilege;
 BEGIN
-    FOR held IN
-        SELECT DISTINCT object, grantee FROM (
-            SELECT 'SCHEMA hallpass' AS object, nspowner AS owner, coalesce(nspacl, acldefault('n', nspowner)) AS acl
-            FROM pg_namespace WHERE oid = own
-            UNION ALL
-            SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || format('%I.%I', nspname, relname),
-                   relowner, coalesce(relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", relowner))
-            FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
-            WHERE relkind IN ('r', 'p', 'v', 'm', 'S')
-              AND (relnamespace = own OR nspname = 'public' AND relname = ANY (public_names))
-            UNION ALL
-            SELECT 'ROUTINE ' || p.oid::regprocedure, proowner, coalesce(proacl, acldefault('f', proowner))
-            FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
-            WHERE pronamespace = own OR nspname = 'public' AND proname = ANY (public_names)
-        ) objects, aclexplode(acl) WHERE grantee <> owner
+    FOR opened IN
+        SELECT 'SCHEMA hallpass' AS object, nspowner AS owner, coalesce(nspacl, acldefault('n', nspowner)) AS acl
+        FROM pg_namespace WHERE oid = own
+        UNION ALL
+        SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || format('%I.%I', nspname, relname),
+               relowner, coalesce(relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", relowner))
+        FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+        WHERE relkind IN ('r', 'p', 'v', 'm', 'S')
+          AND (relnamespace = own OR nspname = 'public' AND relname = ANY (closed_names))
+        UNION ALL
+        SELECT 'ROUTINE ' || p.oid::regprocedure, proowner, coalesce(proacl, acldefault('f', proowner))
+        FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
+        WHERE pronamespace = own OR nspname = 'public' AND proname = ANY (closed_names)
     LOOP
-        EXECUTE format('REVOKE ALL ON %s FROM %s CASCADE', held.object,
-                       CASE held.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(held.grantee)) END);
+        CALL hallpass.revoke_all(opened.object, opened.owner, opened.acl);
+    END LOOP;
+
+    -- A role may be made after this, and an object by a later migration.
+    FOR intended IN
+        SELECT i.* FROM hallpass.intended_privilege i,
+             LATERAL (SELECT split_part(object, ' ', 1) AS kind, substr(object, strpos(object, ' ') + 1) AS name) o
+        WHERE (grantee = 'PUBLIC' OR to_regrole(quote_ident(grantee)) IS NOT NULL)
+          AND CASE WHEN kind = 'SCHEMA' THEN to_regnamespace(name) IS NOT NULL
+                   WHEN kind IN ('TABLE', 'SEQUENCE') THEN to_regclass(name) IS NOT NULL
+                   ELSE to_regprocedure(name) IS NOT NULL END
+    LOOP
+        EXECUTE format('GRANT %s ON %s TO %s', intended.privilege, intended.object,
+                       CASE intended.grantee WHEN 'PUBLIC' THEN 'PUBLIC' ELSE quote_ident(intended.grantee) END);
     END LOOP;
 END $$;
 

@@ -34,6 +34,11 @@ CREATE TABLE public.permission_audit_log (
 -- Takes every row that no monthly partition takes: a missing month must not stop the application.
 CREATE TABLE hallpass.permission_audit_log_default PARTITION OF public.permission_audit_log DEFAULT;
 
+INSERT INTO hallpass.public_object VALUES ('permission_audit_log');
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'SELECT', 'TABLE public.permission_audit_log'),
+    ('hallpass_auditor', 'SELECT', 'TABLE public.permission_audit_log');
+
 -- Consumers: the feed and every other reader of an entry, by entry and row. Not unique: an entry id that came twice
 -- would be a nuisance to a reader and must not fail a writer.
 CREATE INDEX permission_audit_log_entry ON public.permission_audit_log (entry_id, created_at, n);
@@ -56,6 +61,12 @@ CREATE TABLE hallpass.log_org (
     seq bigint NOT NULL,
     PRIMARY KEY (org_id, seq)
 );
+
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'SELECT', 'TABLE hallpass.log'),
+    ('hallpass_service', 'SELECT', 'TABLE hallpass.log_org'),
+    ('hallpass_auditor', 'SELECT', 'TABLE hallpass.log'),
+    ('hallpass_auditor', 'SELECT', 'TABLE hallpass.log_org');
 
 -- Entries on their way to the log. Insert-only; upkeep deletes what is committed, hence numbered.
 -- pass 1: written by the statement. pass 2: written at COMMIT, and numbered after everything else that is deferred.
@@ -110,5 +121,24 @@ BEGIN
     RETURN pg_current_xact_id_if_assigned() IS NOT NULL
        AND EXISTS (SELECT FROM hallpass.log_pending WHERE xid = pg_current_xact_id_if_assigned());
 END $$;
+
+-- Deletes entries on their way that have arrived, up to 100,000 a call, and returns how many: a row that another
+-- transaction sees is committed, hence numbered. The caller's own are not, and has_pending asks for them.
+CREATE FUNCTION hallpass.clear_pending() RETURNS bigint
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    cleared bigint;
+BEGIN
+    DELETE FROM hallpass.log_pending
+    WHERE ctid = ANY (ARRAY(SELECT ctid FROM hallpass.log_pending
+                            WHERE xid IS DISTINCT FROM pg_current_xact_id_if_assigned() LIMIT 100000));
+    GET DIAGNOSTICS cleared = ROW_COUNT;
+    RETURN cleared;
+END $$;
+
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.head()'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.clear_pending()'),
+    ('hallpass_auditor', 'EXECUTE', 'ROUTINE hallpass.head()');
 
 CALL hallpass.reset_privileges();

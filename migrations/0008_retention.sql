@@ -8,18 +8,17 @@ CREATE TABLE hallpass.legal_hold (
     placed_at timestamptz NOT NULL DEFAULT now(),
     lifted_at timestamptz
 );
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'SELECT', 'TABLE hallpass.legal_hold'),
+    ('hallpass_auditor', 'SELECT', 'TABLE hallpass.legal_hold');
 
--- Takes every privilege on one object away from everyone but its owner.
-CREATE PROCEDURE hallpass.revoke_all(object text, owner oid, acl aclitem[])
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    held record;
-BEGIN
-    FOR held IN SELECT DISTINCT grantee FROM aclexplode(acl) WHERE grantee <> owner LOOP
-        EXECUTE format('REVOKE ALL ON %s FROM %s CASCADE', object,
-                       CASE held.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(held.grantee)) END);
-    END LOOP;
-END $$;
+-- The least retention that remove_expired takes from anybody but the owner. Who may apply retention, as the service
+-- may, must not be able to wipe out yesterday's traces.
+CREATE TABLE hallpass.retention_floor (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    days integer NOT NULL CHECK (days BETWEEN 1 AND 36500)
+);
+INSERT INTO hallpass.retention_floor (days) VALUES (30);
 
 -- The partitions with their bounds; NULL: without a bound on that side.
 CREATE FUNCTION hallpass.audit_partitions()
@@ -97,6 +96,7 @@ CREATE FUNCTION hallpass.remove_expired(
     retention_days integer, rows_max integer, OUT audit_rows bigint, OUT is_done boolean)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '200ms' AS $$
 DECLARE
+    days_min CONSTANT integer := (SELECT days FROM hallpass.retention_floor);
     cutoff timestamptz;
     hold hallpass.legal_hold;
     newest_old bigint;
@@ -108,6 +108,12 @@ BEGIN
     IF retention_days IS NULL OR retention_days NOT BETWEEN 1 AND 36500 THEN
         RAISE EXCEPTION 'retention_days must be from 1 to 36500, not %', coalesce(retention_days::text, 'NULL')
             USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    -- Here current_user is the owner; session_user is who logged in, whatever role was set since.
+    IF retention_days < days_min AND NOT pg_has_role(session_user, current_user, 'MEMBER') THEN
+        RAISE EXCEPTION '% may not remove what is younger than % days', session_user, days_min
+            USING ERRCODE = 'insufficient_privilege',
+                  HINT = 'The owner sets the floor: UPDATE hallpass.retention_floor SET days = ….';
     END IF;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'an older snapshot may not show a legal hold: run this at READ COMMITTED'
@@ -186,35 +192,6 @@ EXCEPTION WHEN lock_not_available THEN
         USING ERRCODE = 'lock_not_available';
 END $$;
 
-CREATE OR REPLACE PROCEDURE hallpass.reset_privileges()
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    public_names CONSTANT text[] := ARRAY[
-        'permission_audit_log', 'effective_user_permissions', 'user_permission_matrix', 'org_permission_summary',
-        'user_has_permission_in_org', 'user_has_org_permission', 'user_has_org_permission_enhanced',
-        'get_user_permissions_bulk', 'set_session_variables', 'refresh_permission_materialized_views',
-        'cleanup_old_audit_logs', 'analyze_permission_performance'];
-    own CONSTANT oid := to_regnamespace('hallpass');
-    opened record;
-BEGIN
-    FOR opened IN
-        SELECT 'SCHEMA hallpass' AS object, nspowner AS owner, coalesce(nspacl, acldefault('n', nspowner)) AS acl
-        FROM pg_namespace WHERE oid = own
-        UNION ALL
-        SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE ' ELSE 'TABLE ' END || format('%I.%I', nspname, relname),
-               relowner, coalesce(relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", relowner))
-        FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
-        WHERE relkind IN ('r', 'p', 'v', 'm', 'S')
-          AND (relnamespace = own OR nspname = 'public' AND relname = ANY (public_names))
-        UNION ALL
-        SELECT 'ROUTINE ' || p.oid::regprocedure, proowner, coalesce(proacl, acldefault('f', proowner))
-        FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
-        WHERE pronamespace = own OR nspname = 'public' AND proname = ANY (public_names)
-    LOOP
-        CALL hallpass.revoke_all(opened.object, opened.owner, opened.acl);
-    END LOOP;
-END $$;
-
 -- The first months. Where somebody holds the audit log right now, the service makes them at its start.
 DO $$
 BEGIN
@@ -222,5 +199,10 @@ BEGIN
 EXCEPTION WHEN lock_not_available THEN
     RAISE NOTICE 'the first partitions of the audit log are left to the service';
 END $$;
+
+INSERT INTO hallpass.public_object VALUES ('cleanup_old_audit_logs');
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.make_audit_partitions(bigint)'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.remove_expired(integer, integer)');
 
 CALL hallpass.reset_privileges();

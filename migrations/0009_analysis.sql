@@ -210,4 +210,8 @@ BEGIN
     RETURN QUERY SELECT * FROM hallpass.findings_of_statements();
 END $$;
 
+INSERT INTO hallpass.public_object VALUES ('analyze_permission_performance');
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_auditor', 'EXECUTE', 'ROUTINE public.analyze_permission_performance()');
+
 CALL hallpass.reset_privileges();

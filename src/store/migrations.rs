@@ -167,11 +167,6 @@ pub async fn migrate(
         SchemaState::Changed(names) => return Err(MigrateError::Changed(names)),
         SchemaState::Behind(missing) => missing,
     };
-    connection
-        .client
-        .batch_execute(INSTALL)
-        .await
-        .map_err(StoreError::from)?;
     for migration in MIGRATIONS.iter().filter(|m| missing.contains(&m.name)) {
         apply(&connection.client, migration)
             .await
@@ -208,6 +203,11 @@ async fn apply(client: &Client, migration: &Migration) -> Result<(), tokio_postg
         client.batch_execute("BEGIN").await?;
     }
     let done = async {
+        // With the first migration, which grants a look at it: a service that waits finds no schema, or one that it
+        // may read.
+        if migration.version == 1 {
+            client.batch_execute(INSTALL).await?;
+        }
         if in_transaction {
             client.batch_execute(migration.sql).await?;
         } else {

@@ -3,7 +3,14 @@
 
 use super::{DedicatedConnection, StoreError};
 
-const INSPECT: &str = "SELECT problem FROM hallpass.inspect() problem";
+/// The function looks with its owner's eyes. What the feed reads, it reads with ours: rows that are hidden from us are
+/// changes that we miss.
+const INSPECT: &str = "
+SELECT problem FROM hallpass.inspect() problem
+UNION ALL
+SELECT format('row-level security on %s hides rows from %s', target, current_user)
+FROM unnest(ARRAY['hallpass.log', 'hallpass.log_org', 'public.permission_audit_log']::regclass[]) target
+WHERE row_security_active(target)";
 
 /// The head comes from a statement after the inspection's, whose own entry it must include.
 const HEAD_SEQ: &str = "SELECT coalesce(max(seq), 0) FROM hallpass.log";

@@ -32,6 +32,7 @@ mod property;
 mod proxy;
 mod race;
 mod retention;
+mod roles;
 mod scenario;
 mod scenarios;
 mod server;

@@ -135,6 +135,46 @@ async fn default_privileges_do_not_reach_what_migrate_creates() {
     );
 }
 
+/// The rows say all; a role or an object that is not there is no error, and what took the application's place keeps the
+/// application's grants.
+#[tokio::test]
+async fn privileges_are_those_intended() {
+    const RESET: &str = "CALL hallpass.reset_privileges()";
+    let database = Database::create().await;
+    let client = database.client().await;
+    run(
+        &client,
+        "GRANT EXECUTE ON FUNCTION user_has_permission_in_org TO PUBLIC;
+         GRANT EXECUTE ON FUNCTION user_has_org_permission TO PUBLIC;
+         UPDATE hallpass.public_object SET keeps_grants = true WHERE name = 'user_has_org_permission';
+         INSERT INTO hallpass.intended_privilege VALUES
+             ('PUBLIC', 'SELECT', 'TABLE public.user_permission_matrix'),
+             ('hallpass_auditor', 'USAGE', 'SEQUENCE hallpass.log_seq'),
+             ('hallpass_auditor', 'SELECT', 'TABLE hallpass.later'),
+             ('hallpass_auditor', 'EXECUTE', 'ROUTINE hallpass.later(uuid)'),
+             ('No such role', 'SELECT', 'TABLE hallpass.log')",
+    )
+    .await;
+    run(&client, RESET).await;
+    let kept = "routine public.user_has_org_permission(uuid, character varying) | PUBLIC | EXECUTE";
+    let intended = [
+        "sequence hallpass.log_seq | hallpass_auditor | USAGE",
+        "table public.user_permission_matrix | PUBLIC | SELECT",
+    ];
+    let with = |more: &[&'static str]| {
+        let mut expected = [GRANTED, more].concat();
+        expected.sort_unstable();
+        expected
+    };
+    let expected = with(&[kept, intended[0], intended[1]]);
+    assert_eq!(lines(&client, PRIVILEGES).await, expected);
+    let no_more = "
+        DELETE FROM hallpass.intended_privilege WHERE grantee = 'PUBLIC' OR object LIKE 'SEQUENCE %'";
+    run(&client, no_more).await;
+    run(&client, RESET).await;
+    assert_eq!(lines(&client, PRIVILEGES).await, with(&[kept]));
+}
+
 /// What the catalogs say, tried.
 #[tokio::test]
 async fn a_stranger_is_refused() {

@@ -1,4 +1,7 @@
 //! A database a test, cloned from a migrated template in the process's cluster; and reading its tables as plain data.
+//!
+//! The cluster has the roles of `deploy/sql/roles.sql`, and the template was migrated as an operator does it. Tests log
+//! in as a superuser and stand for the application; the services that they start log in as `hallpass_service`.
 
 use std::{
     sync::atomic::{AtomicU32, Ordering},
@@ -13,6 +16,7 @@ use uuid::Uuid;
 use crate::{
     names::{NO_ORGANIZATION, Names, id},
     oracle::{Override, Template, World},
+    roles::make_roles,
     support,
 };
 
@@ -53,8 +57,6 @@ pub(crate) struct Database {
 impl Database {
     /// Takes about 50 ms: PostgreSQL copies the template's files.
     pub(crate) async fn create() -> Self {
-        static MIGRATED: OnceCell<()> = OnceCell::const_new();
-        MIGRATED.get_or_init(migrate_template).await;
         Self::copy(TEMPLATE).await
     }
 
@@ -65,6 +67,9 @@ impl Database {
 
     async fn copy(template: &str) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
+        static PREPARED: OnceCell<()> = OnceCell::const_new();
+        // For an empty one too: roles are the cluster's, and a test must not find them or not by chance.
+        PREPARED.get_or_init(prepare_template).await;
         let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let admin = connect(&support::cluster().url_for("postgres")).await;
         let copy = format!("CREATE DATABASE {name} TEMPLATE {template}");
@@ -81,12 +86,14 @@ impl Database {
 }
 
 /// Nobody may be connected to a template while it is copied: waits until the connection that migrated it is gone.
-async fn migrate_template() {
+async fn prepare_template() {
     let admin = connect(&support::cluster().url_for("postgres")).await;
     let create = format!("CREATE DATABASE {TEMPLATE}");
     admin.batch_execute(&create).await.unwrap();
     let url = support::cluster().url_for(TEMPLATE);
-    migrate(&url.parse().unwrap(), |_| {}).await.unwrap();
+    make_roles(&url, None).await.unwrap();
+    let migrator = as_role(&url, "hallpass_migrator");
+    migrate(&migrator.parse().unwrap(), |_| {}).await.unwrap();
     eventually("nobody is connected to the template", async || {
         let row = admin.query_one(IS_LEFT_ALONE, &[&TEMPLATE]).await;
         row.unwrap().get(0)
@@ -94,7 +101,13 @@ async fn migrate_template() {
     .await;
 }
 
-async fn connect(url: &str) -> Client {
+/// The superuser's URL of a database, for another login.
+pub(crate) fn as_role(url: &str, role: &str) -> String {
+    url.replace("user=hallpass", &format!("user={role}"))
+}
+
+/// As [`Database::client`], wherever and as whoever the URL says.
+pub(crate) async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
     // Ends with the client; its errors reach the client's queries.
     drop(tokio::spawn(connection));

@@ -34,6 +34,7 @@ mod property;
 mod proxy;
 mod race;
 mod retention;
+mod roles;
 mod scenario;
 mod scenarios;
 mod server;

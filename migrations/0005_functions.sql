@@ -110,5 +110,7 @@ INSERT INTO hallpass.public_object VALUES
     ('user_has_permission_in_org'), ('user_has_org_permission'), ('user_has_org_permission_enhanced'),
     ('get_user_permissions_bulk'), ('set_session_variables'), ('refresh_permission_materialized_views')
 ON CONFLICT DO NOTHING;
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'EXECUTE', 'ROUTINE public.refresh_permission_materialized_views()');
 
 CALL hallpass.reset_privileges();

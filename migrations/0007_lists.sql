@@ -135,4 +135,9 @@ BEGIN
     RETURN QUERY SELECT * FROM hallpass.organization_summary_in_snapshot(asked_org_id, believe_summary);
 END $$;
 
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.permission_holders(uuid, text, uuid, integer)'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.user_organizations(uuid, uuid, integer)'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.organization_summary(uuid, boolean)');
+
 CALL hallpass.reset_privileges();

@@ -221,5 +221,7 @@ BEGIN
 END $$;
 
 INSERT INTO hallpass.public_object VALUES ('analyze_permission_performance');
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_auditor', 'EXECUTE', 'ROUTINE public.analyze_permission_performance()');
 
 CALL hallpass.reset_privileges();

@@ -71,6 +71,12 @@ impl Migration {
         blake3::hash(self.sql.as_bytes()).to_hex().to_string()
     }
 
+    /// The first also makes the schema, which it opens to the service: one that waits finds none, or one it may look at.
+    fn transaction(&self) -> String {
+        let install = if self.version == 1 { INSTALL } else { "" };
+        transaction(&[install, self.sql, "\n", &self.record()])
+    }
+
     fn record(&self) -> String {
         format!(
             "INSERT INTO hallpass.schema_migrations (version, name, checksum) VALUES ({}, '{}', '{}');\n",
@@ -226,7 +232,7 @@ pub async fn migrate_to(
         }
         notes.into_iter().for_each(|n| progress(Progress::Note(n)));
     }
-    run(client, "the first step", &format!("{SESSION}{INSTALL}")).await?;
+    run(client, "the first step", SESSION).await?;
     for migration in missing.into_iter().filter(|m| m.version <= version) {
         let name = migration.name;
         if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
@@ -235,8 +241,7 @@ pub async fn migrate_to(
             }
             run(client, name, &migration.record()).await?;
         } else {
-            let script = transaction(&[migration.sql, &migration.record()]);
-            run_with_locks(client, name, &script, &mut progress).await?;
+            run_with_locks(client, name, &migration.transaction(), &mut progress).await?;
         }
         progress(Progress::Applied(name));
     }
@@ -261,7 +266,6 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
         }
     }
     script.push_str(&format!("\n{SESSION}"));
-    script.push_str(INSTALL);
     for migration in missing {
         script.push_str(&format!("\n-- {}\n\n", migration.name));
         if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
@@ -270,8 +274,7 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
             }
             script.push_str(&migration.record());
         } else {
-            let transaction = transaction(&[migration.sql, "\n", &migration.record()]);
-            script.push_str(&transaction);
+            script.push_str(&migration.transaction());
         }
     }
     Ok(script)

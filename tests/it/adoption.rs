@@ -7,10 +7,10 @@ use hallpass::store::migrations::migrate;
 use tokio_postgres::Client;
 
 use crate::{
-    database::Shape,
+    database::{Shape, as_role},
     migrate::WHOLE_SCHEMA,
     names::id,
-    pto::{OLD_AUDIT_LOG, Phase, Pto, USERS, adopt, log_in, resolve},
+    pto::{OLD_AUDIT_LOG, OWNER, Phase, Pto, USERS, adopt, log_in, resolve},
     sql::{lines, run, value},
 };
 
@@ -71,12 +71,6 @@ const FUNCTIONS: &str = "
 SELECT array_agg(oid) FROM pg_proc
 WHERE proname IN ('user_has_org_permission', 'user_has_org_permission_enhanced')";
 
-const CATALOG_KEY: &str = "CREATE UNIQUE INDEX hallpass_catalog_key ON public.organization_permission_templates USING btree (permission_key)";
-const MEMBERS_KEY_A: &str =
-    "CREATE UNIQUE INDEX hallpass_members_key ON public.profiles USING btree (org_id, user_id)";
-const MEMBERS_KEY_B: &str =
-    "CREATE UNIQUE INDEX hallpass_members_key ON public.profiles USING btree (org_id, id)";
-
 #[tokio::test]
 async fn nothing_of_the_application_changes() {
     for pto in Pto::ALL {
@@ -104,19 +98,19 @@ async fn nothing_of_the_application_changes() {
         let (indexes, come): (Vec<_>, Vec<_>) = come
             .into_iter()
             .partition(|line| line.starts_with("CREATE"));
-        let expected: &[&str] = match (pto.shape, pto.phase) {
-            (Shape::A, Phase::One) => &[
-                "CREATE INDEX idx_profiles_org_role ON public.profiles USING btree (org_id, role, user_id)",
-                "CREATE INDEX idx_profiles_user_org ON public.profiles USING btree (user_id, org_id)",
-                CATALOG_KEY,
-                MEMBERS_KEY_A,
-            ],
-            (Shape::A, Phase::Two) => &[CATALOG_KEY, MEMBERS_KEY_A],
-            (Shape::B, Phase::One) => &[
-                "CREATE INDEX idx_profiles_org_role ON public.profiles USING btree (org_id, role, id)",
-                MEMBERS_KEY_B,
-            ],
-            (Shape::B, Phase::Two) => &[MEMBERS_KEY_B],
+        let indexes: Vec<_> = indexes
+            .iter()
+            .filter_map(|i| i.split(" ON ").next())
+            .collect();
+        let role = "CREATE INDEX idx_profiles_org_role";
+        let user = "CREATE INDEX idx_profiles_user_org";
+        let catalog = "CREATE UNIQUE INDEX hallpass_catalog_key";
+        let members = "CREATE UNIQUE INDEX hallpass_members_key";
+        let expected = match (pto.shape, pto.phase) {
+            (Shape::A, Phase::One) => vec![role, user, catalog, members],
+            (Shape::A, Phase::Two) => vec![catalog, members],
+            (Shape::B, Phase::One) => vec![role, members],
+            (Shape::B, Phase::Two) => vec![members],
         };
         assert_eq!(indexes, expected, "{pto:?}");
         // The one thing that is switched off: it would fail every change, for its audit log is another table now.
@@ -134,7 +128,7 @@ async fn nothing_of_the_application_changes() {
 
         // Nor does anything of hallpass's, when it is done again.
         let schema = lines(&client, WHOLE_SCHEMA).await;
-        let url = database.url.parse().unwrap();
+        let url = as_role(&database.url, OWNER).parse().unwrap();
         migrate(&url, |done| panic!("{done:?}")).await.unwrap();
         assert_eq!(lines(&client, WHOLE_SCHEMA).await, schema, "{pto:?}");
     }

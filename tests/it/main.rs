@@ -39,6 +39,7 @@ mod proxy;
 mod pto;
 mod race;
 mod retention;
+mod roles;
 mod scenario;
 mod scenarios;
 mod server;

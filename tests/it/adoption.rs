@@ -109,7 +109,7 @@ async fn nothing_of_the_application_changes() {
         let expected = match (pto.shape, pto.phase) {
             (Shape::A, Phase::One) => vec![role, user, catalog, members],
             (Shape::A, Phase::Two) => vec![catalog, members],
-            (Shape::B, Phase::One) => vec![role, members],
+            (Shape::B, Phase::One) => vec![role, user, members],
             (Shape::B, Phase::Two) => vec![members],
         };
         assert_eq!(indexes, expected, "{pto:?}");

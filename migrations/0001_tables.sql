@@ -288,19 +288,17 @@ END $$;
 -- were there keep the privileges that the application has given.
 DO $$
 DECLARE
-    held record;
+    made record;
 BEGIN
-    FOR held IN
-        SELECT DISTINCT c.oid::regclass AS object, grantee
-        FROM pg_class c, aclexplode(coalesce(relacl, acldefault('r', relowner)))
+    FOR made IN
+        SELECT 'TABLE ' || c.oid::regclass AS object, relowner, relacl
+        FROM pg_class c
         WHERE c.oid IN ('public.organizations'::regclass, 'public.profiles'::regclass,
                         'public.permission_roles'::regclass, 'public.organization_permission_templates'::regclass,
                         'public.organization_permissions'::regclass)
           AND relname NOT IN (SELECT name FROM hallpass.adopted_table)
-          AND grantee <> relowner
     LOOP
-        EXECUTE format('REVOKE ALL ON TABLE %s FROM %s CASCADE', held.object,
-                       CASE held.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(held.grantee)) END);
+        CALL hallpass.revoke_all(made.object, made.relowner, made.relacl);
     END LOOP;
 END $$;
 

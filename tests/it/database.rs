@@ -45,7 +45,7 @@ SELECT org_id, permission_key, min_role_required, is_enabled,
 FROM public.organization_permissions";
 
 const EMPTY: &str = "
-TRUNCATE public.profiles, public.organization_permissions, public.organizations,
+TRUNCATE public.organizations, public.profiles, public.organization_permissions,
          public.organization_permission_templates, public.permission_roles CASCADE";
 
 const INSERT_TEMPLATE: &str = "

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use hallpass::store::migrations::migrate;
+use hallpass::store::migrations::{Progress, migrate};
 use tokio_postgres::Client;
 
 use crate::{
@@ -11,7 +11,7 @@ use crate::{
     migrate::WHOLE_SCHEMA,
     names::id,
     pto::{OLD_AUDIT_LOG, OWNER, Phase, Pto, USERS, adopt, log_in, resolve},
-    sql::{lines, run, value},
+    sql::{lines, run, sqlstate, value},
 };
 
 /// Every row of the application: what it holds, where it lies, and which transaction wrote it.
@@ -194,6 +194,31 @@ async fn policies_ask_hallpass() {
         let expected = ["DELETE", "UPDATE", "INSERT"].map(|change| format!("{change} | {by}"));
         assert_eq!(lines(&client, recorded).await, expected, "{pto:?}");
     }
+}
+
+/// PTO's function takes one of the organizations, whichever comes first. Better an error than another's rights; who
+/// adopts is told.
+#[tokio::test]
+async fn users_of_several_organizations_are_noted() {
+    let database = Pto::new(Shape::A, Phase::One).found().await;
+    let client = database.client().await;
+    let join = "INSERT INTO profiles (user_id, org_id, role) VALUES (:vic, :franklin, 'admin'), (:vic, NULL, 'admin')";
+    run(&client, &resolve(Shape::A, join)).await;
+    let mut notes = Vec::new();
+    let url = as_role(&database.url, OWNER).parse().unwrap();
+    migrate(&url, |progress| {
+        if let Progress::Note(note) = progress {
+            notes.push(note);
+        }
+    })
+    .await
+    .unwrap();
+    let expected = "user_has_org_permission, and a policy that calls it, fails from now on for users of several \
+                    organizations: 1";
+    assert!(notes.iter().any(|note| note == expected), "{notes:#?}");
+    log_in(&client, "vic").await;
+    let error = client.batch_execute(VISIBLE).await.unwrap_err();
+    assert_eq!(sqlstate(&error), "21000");
 }
 
 /// The statements that the application sends, behind its API, and what they return.

@@ -74,6 +74,12 @@ CREATE TABLE hallpass.log_org (
     PRIMARY KEY (org_id, seq)
 );
 
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'SELECT', 'TABLE hallpass.log'),
+    ('hallpass_service', 'SELECT', 'TABLE hallpass.log_org'),
+    ('hallpass_auditor', 'SELECT', 'TABLE hallpass.log'),
+    ('hallpass_auditor', 'SELECT', 'TABLE hallpass.log_org');
+
 -- Entries on their way to the log. Insert-only; upkeep deletes what is committed, hence numbered.
 -- pass 1: written by the statement. pass 2: written at COMMIT, and numbered after everything else that is deferred.
 CREATE TABLE hallpass.log_pending (
@@ -127,5 +133,24 @@ BEGIN
     RETURN pg_current_xact_id_if_assigned() IS NOT NULL
        AND EXISTS (SELECT FROM hallpass.log_pending WHERE xid = pg_current_xact_id_if_assigned());
 END $$;
+
+-- Deletes entries on their way that have arrived, up to 100,000 a call, and returns how many: a row that another
+-- transaction sees is committed, hence numbered. The caller's own are not, and has_pending asks for them.
+CREATE FUNCTION hallpass.clear_pending() RETURNS bigint
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    cleared bigint;
+BEGIN
+    DELETE FROM hallpass.log_pending
+    WHERE ctid = ANY (ARRAY(SELECT ctid FROM hallpass.log_pending
+                            WHERE xid IS DISTINCT FROM pg_current_xact_id_if_assigned() LIMIT 100000));
+    GET DIAGNOSTICS cleared = ROW_COUNT;
+    RETURN cleared;
+END $$;
+
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.head()'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.clear_pending()'),
+    ('hallpass_auditor', 'EXECUTE', 'ROUTINE hallpass.head()');
 
 CALL hallpass.reset_privileges();

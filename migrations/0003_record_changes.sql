@@ -221,5 +221,8 @@ CALL hallpass.record_changes('public.organization_permission_templates', '{permi
 CALL hallpass.record_changes('public.permission_roles', '{role_key}', '{rank}', NULL, NULL, NULL);
 
 INSERT INTO hallpass.public_object VALUES ('permission_audit_log');
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'SELECT', 'TABLE public.permission_audit_log'),
+    ('hallpass_auditor', 'SELECT', 'TABLE public.permission_audit_log');
 
 CALL hallpass.reset_privileges();

@@ -85,6 +85,8 @@ CREATE MATERIALIZED VIEW hallpass.org_permission_summary AS
 
 CREATE UNIQUE INDEX org_permission_summary_key ON hallpass.org_permission_summary (org_id);
 
+INSERT INTO hallpass.intended_privilege VALUES ('hallpass_service', 'SELECT', 'TABLE hallpass.matrix_stamp');
+
 -- Whether a materialized view has data: one refreshed WITH NO DATA, or restored without, cannot be read.
 CREATE FUNCTION hallpass.is_populated(materialized_view regclass) RETURNS boolean
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -249,5 +251,21 @@ BEGIN
     LEFT JOIN public.effective_user_permissions e
            ON e.org_id = asked_org_id AND e.user_id = asked_user_id AND e.permission_key = asked_permission_key;
 END $$;
+
+-- The next members after a pair, in order; the nil ids come before all.
+CREATE FUNCTION hallpass.next_members(after_org_id uuid, after_user_id uuid, row_limit integer)
+RETURNS TABLE (org_id uuid, user_id uuid)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN QUERY
+    SELECT m.org_id, m.user_id FROM hallpass.members m
+    WHERE (m.org_id, m.user_id) > (after_org_id, after_user_id)
+    ORDER BY m.org_id, m.user_id LIMIT row_limit;
+END $$;
+
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.load(uuid[], uuid[], boolean)'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.explain(uuid, uuid, text)'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.next_members(uuid, uuid, integer)');
 
 CALL hallpass.reset_privileges();

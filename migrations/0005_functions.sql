@@ -90,6 +90,9 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 DECLARE
     began CONSTANT timestamptz := clock_timestamp();
 BEGIN
+    -- In the order in which everything of hallpass asks for them; a query's own order is its plan's.
+    LOCK TABLE public.organizations IN ACCESS SHARE MODE;
+    CALL hallpass.lock_against_truncate();
     IF hallpass.is_populated('public.user_permission_matrix') THEN
         REFRESH MATERIALIZED VIEW CONCURRENTLY public.user_permission_matrix;
     ELSE
@@ -110,5 +113,7 @@ INSERT INTO hallpass.public_object VALUES
     ('user_has_permission_in_org'), ('user_has_org_permission'), ('user_has_org_permission_enhanced'),
     ('get_user_permissions_bulk'), ('set_session_variables'), ('refresh_permission_materialized_views')
 ON CONFLICT DO NOTHING;
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'EXECUTE', 'ROUTINE public.refresh_permission_materialized_views()');
 
 CALL hallpass.reset_privileges();

@@ -78,4 +78,6 @@ BEGIN
     END IF;
 END $$;
 
+INSERT INTO hallpass.intended_privilege VALUES ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.inspect()');
+
 CALL hallpass.reset_privileges();

@@ -4,6 +4,10 @@
 -- standby; where there is nothing to list, the first row has NULLs for the rest.
 
 -- Members who hold a permission, by user, from the first user id on.
+--
+-- In one organization the members of a role either all hold a permission or hold it by name alone; those of a role that
+-- the ladder does not know, by name alone. So the first of each role, and those that are named, are all that can be on
+-- the page: no more are decided, however large the organization.
 CREATE FUNCTION hallpass.permission_holders(
     asked_org_id uuid, asked_permission_key text, first_user_id uuid, row_limit integer)
 RETURNS TABLE (head_seq bigint, head_uid integer, in_recovery boolean, user_id uuid, role text, reason text)
@@ -11,16 +15,30 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 BEGIN
     CALL hallpass.lock_against_truncate();
     RETURN QUERY
-    SELECT h.seq, h.uid, pg_is_in_recovery(), listed.user_id, coalesce(listed.role::text, ''), listed.reason
-    FROM (VALUES (1)) one
-    LEFT JOIN LATERAL (SELECT l.seq, l.uid FROM hallpass.log l ORDER BY l.seq DESC LIMIT 1) h ON true
-    LEFT JOIN LATERAL (
+    WITH candidate AS (
+        SELECT first.user_id
+        FROM public.permission_roles r
+        CROSS JOIN LATERAL (
+            SELECT m.user_id FROM hallpass.members m
+            WHERE m.org_id = asked_org_id AND m.role = r.role_key AND m.user_id >= first_user_id
+            ORDER BY m.user_id LIMIT row_limit) first
+        UNION
+        SELECT named.user_id
+        FROM public.organization_permissions o CROSS JOIN LATERAL unnest(o.specific_users) named (user_id)
+        WHERE o.org_id = asked_org_id AND o.permission_key = asked_permission_key AND named.user_id >= first_user_id
+    ), listed AS (
         SELECT e.user_id, e.role, e.reason
-        FROM public.effective_user_permissions e
-        WHERE e.org_id = asked_org_id AND e.permission_key = asked_permission_key
-          AND e.user_id >= first_user_id AND e.user_has_permission
-        ORDER BY e.user_id LIMIT row_limit) listed ON true
-    ORDER BY listed.user_id;
+        FROM candidate c
+        JOIN public.effective_user_permissions e
+          ON e.org_id = asked_org_id AND e.permission_key = asked_permission_key AND e.user_id = c.user_id
+        WHERE e.user_has_permission
+        ORDER BY e.user_id LIMIT row_limit
+    )
+    SELECT h.seq, h.uid, pg_is_in_recovery(), l.user_id, coalesce(l.role, ''), l.reason
+    FROM (VALUES (1)) one
+    LEFT JOIN LATERAL (SELECT g.seq, g.uid FROM hallpass.log g ORDER BY g.seq DESC LIMIT 1) h ON true
+    LEFT JOIN listed l ON true
+    ORDER BY l.user_id;
 END $$;
 
 -- A user's memberships, by organization, from the first organization id on.
@@ -116,5 +134,10 @@ BEGIN
     CALL hallpass.lock_against_truncate();
     RETURN QUERY SELECT * FROM hallpass.organization_summary_in_snapshot(asked_org_id, believe_summary);
 END $$;
+
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.permission_holders(uuid, text, uuid, integer)'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.user_organizations(uuid, uuid, integer)'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.organization_summary(uuid, boolean)');
 
 CALL hallpass.reset_privileges();

@@ -8,6 +8,17 @@ CREATE TABLE hallpass.legal_hold (
     placed_at timestamptz NOT NULL DEFAULT now(),
     lifted_at timestamptz
 );
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'SELECT', 'TABLE hallpass.legal_hold'),
+    ('hallpass_auditor', 'SELECT', 'TABLE hallpass.legal_hold');
+
+-- The least retention that remove_expired takes from anybody but the owner. Who may apply retention, as the service
+-- may, must not be able to wipe out yesterday's traces.
+CREATE TABLE hallpass.retention_floor (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    days integer NOT NULL CHECK (days BETWEEN 1 AND 36500)
+);
+INSERT INTO hallpass.retention_floor (days) VALUES (30);
 
 -- The partitions with their bounds; NULL: without a bound on that side.
 CREATE FUNCTION hallpass.audit_partitions()
@@ -85,6 +96,7 @@ CREATE FUNCTION hallpass.remove_expired(
     retention_days integer, rows_max integer, OUT audit_rows bigint, OUT is_done boolean)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '200ms' AS $$
 DECLARE
+    days_min CONSTANT integer := (SELECT days FROM hallpass.retention_floor);
     cutoff timestamptz;
     hold hallpass.legal_hold;
     newest_old bigint;
@@ -96,6 +108,12 @@ BEGIN
     IF retention_days IS NULL OR retention_days NOT BETWEEN 1 AND 36500 THEN
         RAISE EXCEPTION 'retention_days must be from 1 to 36500, not %', coalesce(retention_days::text, 'NULL')
             USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    -- Here current_user is the owner; session_user is who logged in, whatever role was set since.
+    IF retention_days < days_min AND NOT pg_has_role(session_user, current_user, 'MEMBER') THEN
+        RAISE EXCEPTION '% may not remove what is younger than % days', session_user, days_min
+            USING ERRCODE = 'insufficient_privilege',
+                  HINT = 'The owner sets the floor: UPDATE hallpass.retention_floor SET days = ….';
     END IF;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'an older snapshot may not show a legal hold: run this at READ COMMITTED'
@@ -185,5 +203,8 @@ EXCEPTION WHEN lock_not_available THEN
 END $$;
 
 INSERT INTO hallpass.public_object VALUES ('cleanup_old_audit_logs');
+INSERT INTO hallpass.intended_privilege VALUES
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.make_audit_partitions(bigint)'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.remove_expired(integer, integer)');
 
 CALL hallpass.reset_privileges();

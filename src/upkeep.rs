@@ -47,7 +47,7 @@ const MAINTENANCE_RETRY: Duration = Duration::from_secs(60);
 const RETENTION_REST: Duration = Duration::from_millis(50);
 
 /// Subjects a statement of the warm start.
-const WARM_UP_PAGE: i64 = 500;
+const WARM_UP_PAGE: i32 = 500;
 
 /// Statements of the warm start under way at once; the rest of the pool is left to misses.
 const WARM_UP_FLIGHTS_MAX: usize = 4;

@@ -41,6 +41,13 @@ WITH shape AS (
     FROM (SELECT CASE WHEN to_regclass('public.permission_roles') IS NULL
                  THEN '{parent_member,teacher,volunteer,committee_lead,board_member,admin}' END) l (ladder)
     WHERE ladder IS NOT NULL
+    UNION ALL
+    SELECT false, 'profiles', ARRAY['user_id', 'org_id'], $$
+        SELECT format('user_has_org_permission, and a policy that calls it, fails from now on for users of several '
+                      'organizations: %%s', count(*))
+        FROM (SELECT FROM public.%1$I WHERE user_id IS NOT NULL AND org_id IS NOT NULL
+              GROUP BY user_id HAVING count(DISTINCT org_id) > 1) several
+        HAVING count(*) > 0 $$
 )
 SELECT is_blocker, format(query, name, array_to_string(columns, ', ')) FROM queries
 WHERE cardinality(columns) = (SELECT count(*) FROM pg_attribute

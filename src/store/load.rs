@@ -50,9 +50,7 @@ SELECT head_seq, head_uid, in_recovery, is_known, is_member, role, role_rank, ef
        min_role_is_override, is_enabled, specific_user, reason
 FROM hallpass.explain($1, $2, $3)";
 
-const NEXT_MEMBERS: &str = "
-SELECT org_id, user_id FROM hallpass.members
-WHERE (org_id, user_id) > ($1, $2) ORDER BY org_id, user_id LIMIT $3";
+const NEXT_MEMBERS: &str = "SELECT org_id, user_id FROM hallpass.next_members($1, $2, $3)";
 
 impl Store {
     /// Loads distinct subjects.
@@ -131,7 +129,7 @@ impl Store {
     pub async fn next_members(
         &self,
         after: Subject,
-        count: i64,
+        count: i32,
     ) -> Result<Vec<Subject>, StoreError> {
         let rows = self
             .query(

@@ -54,7 +54,8 @@ const RUNS_WHAT_IT_SELECTS: &str =
 const UNINSTALL: &str = include_str!("uninstall.sql");
 const REMOVE: &str = include_str!("remove.sql");
 const DEPENDENTS: &str = include_str!("dependents.sql");
-const UNDO_AHEAD: &str = "SELECT statement FROM hallpass.undo WHERE goes_ahead ORDER BY n DESC";
+const UNDO_FIRST: &str = "SELECT statement FROM hallpass.undo WHERE step = 'FIRST' ORDER BY n DESC";
+const UNDO_LAST: &str = "SELECT statement FROM hallpass.undo WHERE step = 'LAST' ORDER BY n DESC";
 const UNINSTALLING: &str = "uninstalling";
 
 /// Whether an earlier uninstall came no further than to bring back what was replaced.
@@ -85,6 +86,12 @@ const OUTLAST_MAX: Duration = Duration::from_secs(10);
 impl Migration {
     fn checksum(&self) -> String {
         blake3::hash(self.sql.as_bytes()).to_hex().to_string()
+    }
+
+    /// The first also makes the schema, which it opens to the service: one that waits finds none, or one it may look at.
+    fn transaction(&self) -> String {
+        let install = if self.version == 1 { INSTALL } else { "" };
+        transaction(&[install, self.sql, "\n", &self.record()])
     }
 
     fn record(&self) -> String {
@@ -244,7 +251,7 @@ pub async fn migrate_to(
         }
         notes.into_iter().for_each(|n| progress(Progress::Note(n)));
     }
-    run(client, "the first step", &format!("{SESSION}{INSTALL}")).await?;
+    run(client, "the first step", SESSION).await?;
     for migration in missing.into_iter().filter(|m| m.version <= version) {
         let name = migration.name;
         if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
@@ -253,8 +260,7 @@ pub async fn migrate_to(
             }
             run(client, name, &migration.record()).await?;
         } else {
-            let script = transaction(&[migration.sql, &migration.record()]);
-            run_with_locks(client, name, &script, &mut progress).await?;
+            run_with_locks(client, name, &migration.transaction(), &mut progress).await?;
         }
         progress(Progress::Applied(name));
     }
@@ -282,7 +288,6 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
         }
     }
     script.push_str(&format!("\n{SESSION}"));
-    script.push_str(INSTALL);
     for migration in missing {
         script.push_str(&format!("\n-- {}\n\n", migration.name));
         if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
@@ -291,8 +296,7 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
             }
             script.push_str(&migration.record());
         } else {
-            let transaction = transaction(&[migration.sql, "\n", &migration.record()]);
-            script.push_str(&transaction);
+            script.push_str(&migration.transaction());
         }
     }
     Ok(script)
@@ -318,9 +322,8 @@ pub async fn uninstall(
         return Err(MigrateError::Used(dependents));
     }
     if !is_left_over {
-        // What takes long comes first, where nobody waits for it; by the search path that the application's names are
-        // found by.
-        for statement in first_column(client, UNDO_AHEAD).await? {
+        // By the search path that the application's names are found by.
+        for statement in first_column(client, UNDO_FIRST).await? {
             run(client, UNINSTALLING, &statement).await?;
         }
         run(client, UNINSTALLING, SESSION).await?;
@@ -329,6 +332,9 @@ pub async fn uninstall(
         outlast_transactions(client).await?;
     }
     run(client, UNINSTALLING, SESSION).await?;
+    for statement in first_column(client, UNDO_LAST).await? {
+        run(client, UNINSTALLING, &statement).await?;
+    }
     let script = transaction(&[REMOVE, &drop_schema()]);
     run_with_locks(client, UNINSTALLING, &script, &mut progress).await
 }

@@ -34,9 +34,6 @@ BEGIN
     DELETE FROM hallpass.public_object WHERE keeps_grants;
 END $$;
 
-DROP INDEX IF EXISTS public.hallpass_members_key, public.hallpass_overrides_key, public.hallpass_catalog_key,
-                     public.hallpass_profiles_user_org;
-
 DO $$
 DECLARE
     partition regclass;
@@ -61,7 +58,7 @@ DO $$
 DECLARE
     undone text;
 BEGIN
-    FOR undone IN SELECT statement FROM hallpass.undo WHERE NOT goes_ahead ORDER BY n DESC LOOP
+    FOR undone IN SELECT statement FROM hallpass.undo WHERE step = 'SWITCH' ORDER BY n DESC LOOP
         EXECUTE undone;
     END LOOP;
 END $$;

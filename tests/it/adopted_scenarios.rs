@@ -2,6 +2,7 @@
 
 use crate::{
     database::Shape,
+    lists::lists_and_counts,
     pto,
     scenario::{self, Scenario},
     scenarios::{
@@ -61,4 +62,9 @@ async fn grpc_decides_in_shape_a() {
 #[tokio::test]
 async fn grpc_decides_in_shape_b() {
     decides_over_grpc(&pto::for_scenarios(Shape::B).await).await;
+}
+
+#[tokio::test]
+async fn lists_and_counts_are_the_oracle_s_in_shape_b() {
+    lists_and_counts(&pto::for_scenarios(Shape::B).await).await;
 }

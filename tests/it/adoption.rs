@@ -3,15 +3,15 @@
 
 use std::collections::BTreeSet;
 
-use hallpass::store::migrations::migrate;
+use hallpass::store::migrations::{Progress, migrate};
 use tokio_postgres::Client;
 
 use crate::{
-    database::Shape,
+    database::{Shape, as_role},
     migrate::WHOLE_SCHEMA,
     names::id,
-    pto::{OLD_AUDIT_LOG, Phase, Pto, USERS, adopt, log_in, resolve},
-    sql::{lines, run, value},
+    pto::{OLD_AUDIT_LOG, OWNER, Phase, Pto, USERS, adopt, log_in, resolve},
+    sql::{lines, run, sqlstate, value},
 };
 
 /// Every row of the application: what it holds, where it lies, and which transaction wrote it.
@@ -48,7 +48,6 @@ FROM pg_attribute WHERE attrelid IN (SELECT oid FROM ours) AND attnum > 0
 UNION ALL SELECT format('constraint %s %s %s', conrelid::regclass, conname, pg_get_constraintdef(oid))
 FROM pg_constraint WHERE conrelid IN (SELECT oid FROM ours)
 UNION ALL SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid IN (SELECT oid FROM ours)
-             AND indexrelid::regclass::text NOT LIKE 'hallpass%'
 UNION ALL SELECT format('trigger %s %s %s', tgrelid::regclass, tgname, tgenabled)
 FROM pg_trigger WHERE tgrelid IN (SELECT oid FROM ours) AND NOT tgisinternal AND tgname NOT LIKE 'hallpass%'
 UNION ALL SELECT format('policy %s %s', p.tablename, p) FROM pg_policies p WHERE schemaname = 'public'
@@ -95,6 +94,25 @@ async fn nothing_of_the_application_changes() {
         let after = application(&client, &known).await;
         let gone: Vec<_> = before.iter().filter(|l| !after.contains(l)).collect();
         let come: Vec<_> = after.iter().filter(|l| !before.contains(l)).collect();
+        // Indexes where none of the application's serves; the unique ones keep out what decisions could not tell apart.
+        let (indexes, come): (Vec<_>, Vec<_>) = come
+            .into_iter()
+            .partition(|line| line.starts_with("CREATE"));
+        let indexes: Vec<_> = indexes
+            .iter()
+            .filter_map(|i| i.split(" ON ").next())
+            .collect();
+        let role = "CREATE INDEX idx_profiles_org_role";
+        let user = "CREATE INDEX idx_profiles_user_org";
+        let catalog = "CREATE UNIQUE INDEX hallpass_catalog_key";
+        let members = "CREATE UNIQUE INDEX hallpass_members_key";
+        let expected = match (pto.shape, pto.phase) {
+            (Shape::A, Phase::One) => vec![role, user, catalog, members],
+            (Shape::A, Phase::Two) => vec![catalog, members],
+            (Shape::B, Phase::One) => vec![role, user, members],
+            (Shape::B, Phase::Two) => vec![members],
+        };
+        assert_eq!(indexes, expected, "{pto:?}");
         // The one thing that is switched off: it would fail every change, for its audit log is another table now.
         let trigger = "trigger organization_permissions permission_audit_trigger";
         if (pto.shape, pto.phase) == (Shape::A, Phase::Two) {
@@ -110,7 +128,7 @@ async fn nothing_of_the_application_changes() {
 
         // Nor does anything of hallpass's, when it is done again.
         let schema = lines(&client, WHOLE_SCHEMA).await;
-        let url = database.url.parse().unwrap();
+        let url = as_role(&database.url, OWNER).parse().unwrap();
         migrate(&url, |done| panic!("{done:?}")).await.unwrap();
         assert_eq!(lines(&client, WHOLE_SCHEMA).await, schema, "{pto:?}");
     }
@@ -176,6 +194,31 @@ async fn policies_ask_hallpass() {
         let expected = ["DELETE", "UPDATE", "INSERT"].map(|change| format!("{change} | {by}"));
         assert_eq!(lines(&client, recorded).await, expected, "{pto:?}");
     }
+}
+
+/// PTO's function takes one of the organizations, whichever comes first. Better an error than another's rights; who
+/// adopts is told.
+#[tokio::test]
+async fn users_of_several_organizations_are_noted() {
+    let database = Pto::new(Shape::A, Phase::One).found().await;
+    let client = database.client().await;
+    let join = "INSERT INTO profiles (user_id, org_id, role) VALUES (:vic, :franklin, 'admin'), (:vic, NULL, 'admin')";
+    run(&client, &resolve(Shape::A, join)).await;
+    let mut notes = Vec::new();
+    let url = as_role(&database.url, OWNER).parse().unwrap();
+    migrate(&url, |progress| {
+        if let Progress::Note(note) = progress {
+            notes.push(note);
+        }
+    })
+    .await
+    .unwrap();
+    let expected = "user_has_org_permission, and a policy that calls it, fails from now on for users of several \
+                    organizations: 1";
+    assert!(notes.iter().any(|note| note == expected), "{notes:#?}");
+    log_in(&client, "vic").await;
+    let error = client.batch_execute(VISIBLE).await.unwrap_err();
+    assert_eq!(sqlstate(&error), "21000");
 }
 
 /// The statements that the application sends, behind its API, and what they return.

@@ -279,3 +279,28 @@ async fn a_sequence_that_is_behind_the_log_is_mended() {
     );
     server.stop().await;
 }
+
+/// The owner sees every row of the log; the service is somebody else.
+#[tokio::test]
+async fn rows_of_the_log_that_are_hidden_from_the_service_are_a_problem() {
+    let (_database, client, server) = start().await;
+    for table in [
+        "hallpass.log",
+        "hallpass.log_org",
+        "public.permission_audit_log",
+    ] {
+        until_cached(&server).await;
+        let hide = format!("ALTER TABLE {table} ENABLE ROW LEVEL SECURITY");
+        run_sql(&client, &hide).await;
+        server.until_health(ServingStatus::NotServing).await;
+        set_role(&client, "lincoln", "bob", "volunteer").await;
+        assert_all_right(&server, &client).await;
+        let show = format!("ALTER TABLE {table} DISABLE ROW LEVEL SECURITY");
+        run_sql(&client, &show).await;
+        server.until_health(ServingStatus::Serving).await;
+        server.catch_up(&client).await;
+        assert_all_right(&server, &client).await;
+        set_role(&client, "lincoln", "bob", "board_member").await;
+    }
+    server.stop().await;
+}

@@ -23,7 +23,7 @@ use tokio_postgres::{Client, NoTls};
 use uuid::Uuid;
 
 use crate::{
-    database::{Database, eventually},
+    database::{Database, as_role, eventually},
     names::id,
     proxy::{Proxy, Way},
     server::{APPROVE, Server, config, fill, within},
@@ -476,17 +476,18 @@ async fn serve_and_migrate_say_why_they_will_not_on_one_line() {
 async fn serve_listens_at_a_socket_and_ends_when_told() {
     let database = Database::create().await;
     fill(&database.client().await).await;
+    let url = as_role(&database.url, "hallpass_service");
     for signal in [Signal::TERM, Signal::INT] {
         // A service that was killed left this behind.
         let dead = |socket: &Path| drop(UnixListener::bind(socket).unwrap());
-        let mut running = Running::start(&["serve", "--database-url", &database.url], dead);
+        let mut running = Running::start(&["serve", "--database-url", &url], dead);
         running.until_answering().await;
         let socket = running.socket.clone();
 
         let second = [
             "serve",
             "--database-url",
-            &database.url,
+            &url,
             "--grpc-listen",
             &running.endpoint(),
         ];

@@ -1,4 +1,7 @@
 //! A database a test, cloned from a migrated template in the process's cluster; and reading its tables as plain data.
+//!
+//! The cluster has the roles of `deploy/sql/roles.sql`, and the template was migrated as an operator does it. Tests log
+//! in as a superuser and stand for the application; the services that they start log in as `hallpass_service`.
 
 use std::{
     collections::BTreeMap,
@@ -17,13 +20,14 @@ use uuid::Uuid;
 use crate::{
     names::{NO_ORGANIZATION, Names, id},
     oracle::{Override, Template, World},
+    roles::make_roles,
     support,
 };
 
 const TEMPLATE: &str = "migrated";
 
 /// The login of the test cluster.
-pub(crate) const SUPERUSER: &str = "hallpass";
+const SUPERUSER: &str = "hallpass";
 
 /// What nothing here should take; a test that gets there has failed.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -41,7 +45,7 @@ SELECT org_id, permission_key, min_role_required, is_enabled,
 FROM public.organization_permissions";
 
 const EMPTY: &str = "
-TRUNCATE public.profiles, public.organization_permissions, public.organizations,
+TRUNCATE public.organizations, public.profiles, public.organization_permissions,
          public.organization_permission_templates, public.permission_roles CASCADE";
 
 const INSERT_TEMPLATE: &str = "
@@ -73,19 +77,13 @@ impl Shape {
 
 /// A test's own database, with the whole schema in it and the seeded catalog and ladder.
 pub(crate) struct Database {
-    /// As its owner, who migrates and serves it.
     pub(crate) url: String,
     pub(crate) shape: Shape,
-    superuser_url: String,
 }
 
 impl Database {
     /// Takes about 50 ms: PostgreSQL copies the template's files.
     pub(crate) async fn create() -> Self {
-        template(TEMPLATE, "template1", SUPERUSER, async |url| {
-            migrate(&url.parse().unwrap(), |_| {}).await.unwrap();
-        })
-        .await;
         Self::copy(TEMPLATE, SUPERUSER, Shape::A).await
     }
 
@@ -97,52 +95,70 @@ impl Database {
     /// One that `owner` has, with what is in `template`.
     pub(crate) async fn copy(template: &str, owner: &str, shape: Shape) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
+        // For an empty one too: roles are the cluster's, and a test must not find them or not by chance.
+        prepare().await;
         let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
         create_database(&name, template, owner).await;
         Self {
-            url: url_as(owner, &name),
+            url: support::cluster().url_for(&name),
             shape,
-            superuser_url: url_as(SUPERUSER, &name),
         }
     }
 
-    /// A superuser's connection of its own, closed when it is dropped. Waits for no lock longer than ten seconds.
+    /// A connection of its own, closed when it is dropped. Waits for no lock longer than ten seconds.
     pub(crate) async fn client(&self) -> Client {
-        connect(&self.superuser_url).await
+        connect(&self.url).await
     }
 }
 
-/// Makes a database to copy from, out of another, when it is first asked for. `fill` is given its owner's URL.
-pub(crate) async fn template(name: &str, from: &str, owner: &str, fill: impl AsyncFnOnce(String)) {
-    static MADE: Mutex<BTreeMap<String, Arc<OnceCell<()>>>> = Mutex::new(BTreeMap::new());
-    let made = Arc::clone(MADE.lock().unwrap().entry(name.to_owned()).or_default());
-    made.get_or_init(async || {
-        create_database(name, from, owner).await;
-        fill(url_as(owner, name)).await;
-        // Nobody may be connected to a database while it is copied, and who has filled it may be leaving just now.
-        let admin = connect(&url_as(SUPERUSER, "postgres")).await;
-        eventually("nobody is connected to the template", async || {
-            let row = admin.query_one(IS_LEFT_ALONE, &[&name]).await;
-            row.unwrap().get(0)
+/// The cluster's roles, and the template with the whole schema.
+async fn prepare() {
+    static PREPARED: OnceCell<()> = OnceCell::const_new();
+    PREPARED
+        .get_or_init(async || {
+            make_template(TEMPLATE, "template1", SUPERUSER, async |url| {
+                make_roles(&url, None).await.unwrap();
+                let migrator = as_role(&url, "hallpass_migrator");
+                migrate(&migrator.parse().unwrap(), |_| {}).await.unwrap();
+            })
+            .await;
         })
         .await;
+}
+
+/// Makes a database to copy from, out of another, when it is first asked for. `fill` is given its URL.
+pub(crate) async fn template(name: &str, from: &str, owner: &str, fill: impl AsyncFnOnce(String)) {
+    static MADE: Mutex<BTreeMap<String, Arc<OnceCell<()>>>> = Mutex::new(BTreeMap::new());
+    prepare().await;
+    let made = Arc::clone(MADE.lock().unwrap().entry(name.to_owned()).or_default());
+    made.get_or_init(async || make_template(name, from, owner, fill).await)
+        .await;
+}
+
+async fn make_template(name: &str, from: &str, owner: &str, fill: impl AsyncFnOnce(String)) {
+    create_database(name, from, owner).await;
+    fill(support::cluster().url_for(name)).await;
+    // Nobody may be connected to a database while it is copied, and who has filled it may be leaving just now.
+    let admin = connect(&support::cluster().url_for("postgres")).await;
+    eventually("nobody is connected to the template", async || {
+        let row = admin.query_one(IS_LEFT_ALONE, &[&name]).await;
+        row.unwrap().get(0)
     })
     .await;
 }
 
 async fn create_database(name: &str, template: &str, owner: &str) {
-    let admin = connect(&url_as(SUPERUSER, "postgres")).await;
+    let admin = connect(&support::cluster().url_for("postgres")).await;
     let create = format!("CREATE DATABASE {name} TEMPLATE {template} OWNER {owner}");
     admin.batch_execute(&create).await.unwrap();
 }
 
-/// The URL of a database of the cluster for a login: nobody is asked for a password.
-pub(crate) fn url_as(login: &str, database: &str) -> String {
-    let url = support::cluster().url_for(database);
-    let (rest, _) = url.rsplit_once("user=").unwrap();
-    format!("{rest}user={login}")
+/// The superuser's URL of a database, for another login.
+pub(crate) fn as_role(url: &str, role: &str) -> String {
+    url.replace("user=hallpass", &format!("user={role}"))
 }
 
+/// As [`Database::client`], wherever and as whoever the URL says.
 pub(crate) async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
     // Ends with the client; its errors reach the client's queries.

@@ -312,9 +312,9 @@ async fn row_level_security_that_binds_the_owner_is_a_problem() {
     assert_eq!(lines(&client, INSPECT).await, [""; 0]);
 }
 
-/// Nobody but the owner may look: an inspection writes into the log.
+/// Nobody but the owner and the service may look: an inspection writes into the log.
 #[tokio::test]
-async fn an_inspection_is_the_owners() {
+async fn an_inspection_is_not_for_strangers() {
     let database = Database::create().await;
     let client = database.client().await;
     run(

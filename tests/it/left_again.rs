@@ -4,8 +4,8 @@ use hallpass::store::migrations::uninstall;
 use tokio_postgres::Client;
 
 use crate::{
-    database::Shape,
-    pto::{Phase, Pto, adopt, resolve},
+    database::{Shape, as_role},
+    pto::{OWNER, Phase, Pto, adopt, resolve},
     sql::{lines, run},
 };
 
@@ -43,7 +43,7 @@ async fn leaving_brings_back_what_was_replaced() {
         let before = public(&client).await;
         adopt(&database.url).await;
         override_of_madison(&client, pto, "can_send_emails").await;
-        uninstall(&database.url.parse().unwrap(), |_| {})
+        uninstall(&as_role(&database.url, OWNER).parse().unwrap(), |_| {})
             .await
             .unwrap();
         let mut after = public(&client).await;

@@ -680,3 +680,25 @@ async fn an_actor_of_a_rolled_back_savepoint_is_gone() {
         ["SETTINGS user ann as hallpass"]
     );
 }
+
+/// Those of the caller's own transaction are not numbered yet.
+#[tokio::test]
+async fn entries_are_cleared_once_they_have_arrived() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    run(
+        &client,
+        "BEGIN; INSERT INTO permission_roles VALUES ('chair', 9)",
+    )
+    .await;
+    let clear = "SELECT hallpass.clear_pending()";
+    assert_eq!(value(&client, clear).await, "0");
+    assert_eq!(value(&client, "SELECT hallpass.has_pending()").await, "t");
+    run(&client, "COMMIT").await;
+    // Written by the statement, and at COMMIT.
+    assert_eq!(value(&client, clear).await, "2");
+    assert_eq!(
+        value(&client, "SELECT count(*) FROM hallpass.log_pending").await,
+        "0"
+    );
+}

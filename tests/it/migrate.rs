@@ -139,7 +139,7 @@ async fn another_programs_schema_is_refused_and_left_alone() {
     }
 }
 
-/// What an attempt leaves that got no further.
+/// A schema that is hallpass's, with nothing in it yet.
 const BEGUN: &str = "
 CREATE SCHEMA hallpass;
 CREATE TABLE hallpass.schema_migrations (
@@ -190,7 +190,6 @@ async fn a_failing_migration_leaves_the_ones_before_it_and_nothing_of_itself() {
         assert!(matches!(error, MigrateError::Failed { name: failed, .. } if failed == name));
 
         assert_eq!(applied, names()[..failing]);
-        assert_eq!(lines(&client, APPLIED).await, names()[..failing]);
         assert_eq!(
             state(&url).await,
             SchemaState::Behind(names()[failing..].to_vec())

@@ -15,9 +15,10 @@ use tokio_postgres::{Client, NoTls};
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
-    database::{Database, eventually},
+    database::{Database, as_role, eventually},
     names::id,
     proxy::{Proxy, Way},
+    roles::make_roles,
     server::{APPROVE, Server, config, fill, head, now, question, set_role},
     start_stop::assert_unavailable,
     support::{options, temporary_directory},
@@ -83,7 +84,9 @@ async fn a_database_that_stops_leaves_answers_up_to_the_bound_and_no_longer() {
     };
     let postgres = start().await;
     let url = postgres.url();
-    migrate(&url.parse().unwrap(), |_| {}).await.unwrap();
+    make_roles(&url, None).await.unwrap();
+    let migrator = as_role(&url, "hallpass_migrator");
+    migrate(&migrator.parse().unwrap(), |_| {}).await.unwrap();
     fill(&connect(&postgres).await).await;
     let server = Server::start(config(&url)).await;
     until_cached(&server, "allow GRANTED_BY_ROLE").await;

@@ -12,10 +12,39 @@ use crate::{
 
 /// Every privilege on hallpass's objects and on the tables `migrate` creates that somebody other than the owner has.
 ///
-/// It should stay empty. A grant that a migration makes on purpose goes here as the failing test prints it, `object |
-/// grantee | privilege`, with the consumer that needs it; one that nobody meant is for `hallpass.reset_privileges` to
-/// revoke: most often a new name in `public` that its list does not have.
-const GRANTED: &[&str] = &[];
+/// A grant that a migration makes on purpose, by `hallpass.intended_privilege`, goes here as the failing test prints it,
+/// `object | grantee | privilege`; one that nobody meant is for `hallpass.reset_privileges` to revoke: most often a new
+/// name in `public` that `hallpass.public_object` does not have. The service's consumers are the statements of
+/// `src/store`.
+pub(crate) const GRANTED: &[&str] = &[
+    "routine hallpass.clear_pending() | hallpass_service | EXECUTE",
+    "routine hallpass.explain(uuid, uuid, text) | hallpass_service | EXECUTE",
+    "routine hallpass.head() | hallpass_auditor | EXECUTE",
+    "routine hallpass.head() | hallpass_service | EXECUTE",
+    "routine hallpass.inspect() | hallpass_service | EXECUTE",
+    "routine hallpass.load(uuid[], uuid[], boolean) | hallpass_service | EXECUTE",
+    "routine hallpass.make_audit_partitions(bigint) | hallpass_service | EXECUTE",
+    "routine hallpass.next_members(uuid, uuid, integer) | hallpass_service | EXECUTE",
+    "routine hallpass.organization_summary(uuid, boolean) | hallpass_service | EXECUTE",
+    "routine hallpass.permission_holders(uuid, text, uuid, integer) | hallpass_service | EXECUTE",
+    "routine hallpass.remove_expired(integer, integer) | hallpass_service | EXECUTE",
+    "routine hallpass.user_organizations(uuid, uuid, integer) | hallpass_service | EXECUTE",
+    "routine public.analyze_permission_performance() | hallpass_auditor | EXECUTE",
+    "routine public.refresh_permission_materialized_views() | hallpass_service | EXECUTE",
+    "schema hallpass | hallpass_auditor | USAGE",
+    "schema hallpass | hallpass_service | USAGE",
+    "table hallpass.legal_hold | hallpass_auditor | SELECT",
+    "table hallpass.legal_hold | hallpass_service | SELECT",
+    "table hallpass.log | hallpass_auditor | SELECT",
+    "table hallpass.log | hallpass_service | SELECT",
+    "table hallpass.log_org | hallpass_auditor | SELECT",
+    "table hallpass.log_org | hallpass_service | SELECT",
+    "table hallpass.matrix_stamp | hallpass_service | SELECT",
+    "table hallpass.schema_migrations | hallpass_auditor | SELECT",
+    "table hallpass.schema_migrations | hallpass_service | SELECT",
+    "table public.permission_audit_log | hallpass_auditor | SELECT",
+    "table public.permission_audit_log | hallpass_service | SELECT",
+];
 
 /// What Supabase sets up, and somewhat more: for one schema and for all.
 const OPEN_TO_ALL: &str = "
@@ -56,7 +85,7 @@ WITH object AS (
     FROM pg_attribute JOIN pg_class c ON c.oid = attrelid JOIN pg_namespace n ON n.oid = relnamespace
     WHERE nspname IN ('public', 'hallpass') AND attacl IS NOT NULL
     UNION ALL
-    SELECT 'routine ' || p.oid::regprocedure, proowner, coalesce(proacl, acldefault('f', proowner))
+    SELECT format('routine %I.%I(%s)', nspname, proname, oidvectortypes(proargtypes)), proowner, coalesce(proacl, acldefault('f', proowner))
     FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
     WHERE nspname IN ('public', 'hallpass')
 )
@@ -104,6 +133,46 @@ async fn default_privileges_do_not_reach_what_migrate_creates() {
             .await
             .contains(&"table public.bait | anon | SELECT".to_owned())
     );
+}
+
+/// The rows say all; a role or an object that is not there is no error, and what took the application's place keeps the
+/// application's grants.
+#[tokio::test]
+async fn privileges_are_those_intended() {
+    const RESET: &str = "CALL hallpass.reset_privileges()";
+    let database = Database::create().await;
+    let client = database.client().await;
+    run(
+        &client,
+        "GRANT EXECUTE ON FUNCTION user_has_permission_in_org TO PUBLIC;
+         GRANT EXECUTE ON FUNCTION user_has_org_permission TO PUBLIC;
+         UPDATE hallpass.public_object SET keeps_grants = true WHERE name = 'user_has_org_permission';
+         INSERT INTO hallpass.intended_privilege VALUES
+             ('PUBLIC', 'SELECT', 'TABLE public.user_permission_matrix'),
+             ('hallpass_auditor', 'USAGE', 'SEQUENCE hallpass.log_seq'),
+             ('hallpass_auditor', 'SELECT', 'TABLE hallpass.later'),
+             ('hallpass_auditor', 'EXECUTE', 'ROUTINE hallpass.later(uuid)'),
+             ('No such role', 'SELECT', 'TABLE hallpass.log')",
+    )
+    .await;
+    run(&client, RESET).await;
+    let kept = "routine public.user_has_org_permission(uuid, character varying) | PUBLIC | EXECUTE";
+    let intended = [
+        "sequence hallpass.log_seq | hallpass_auditor | USAGE",
+        "table public.user_permission_matrix | PUBLIC | SELECT",
+    ];
+    let with = |more: &[&'static str]| {
+        let mut expected = [GRANTED, more].concat();
+        expected.sort_unstable();
+        expected
+    };
+    let expected = with(&[kept, intended[0], intended[1]]);
+    assert_eq!(lines(&client, PRIVILEGES).await, expected);
+    let no_more = "
+        DELETE FROM hallpass.intended_privilege WHERE grantee = 'PUBLIC' OR object LIKE 'SEQUENCE %'";
+    run(&client, no_more).await;
+    run(&client, RESET).await;
+    assert_eq!(lines(&client, PRIVILEGES).await, with(&[kept]));
 }
 
 /// What the catalogs say, tried.

@@ -9,9 +9,10 @@ use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 
 use crate::{
-    database::{Database, SUPERUSER, Shape, connect, template, url_as},
+    database::{Database, Shape, as_role, connect, template},
     names::{Names, id},
     sql::run,
+    support,
 };
 
 pub(crate) const OWNER: &str = "pto_owner";
@@ -87,7 +88,7 @@ impl Pto {
         let name = format!("pto_{shape:?}_{phase:?}").to_lowercase();
         make_roles().await;
         template(&name, "template1", OWNER, async |url| {
-            let owner = begin(&name, &url, shape).await;
+            let owner = begin(&url, shape).await;
             if phase == Phase::Two {
                 add_phase_2(&owner, shape).await;
             }
@@ -109,7 +110,7 @@ pub(crate) async fn for_scenarios(shape: Shape) -> Database {
     let name = format!("pto_{shape:?}_relaxed").to_lowercase();
     make_roles().await;
     template(&name, "template1", OWNER, async |url| {
-        let owner = begin(&name, &url, shape).await;
+        let owner = begin(&url, shape).await;
         run(&owner, RELAXED).await;
         add_phase_2(&owner, shape).await;
         run(&owner, RELAX_PHASE_2).await;
@@ -120,8 +121,10 @@ pub(crate) async fn for_scenarios(shape: Shape) -> Database {
     Database::copy(&name, OWNER, shape).await
 }
 
+/// As the owner, who is no superuser. The service logs in as `hallpass_service`, as in every test.
 pub(crate) async fn adopt(url: &str) {
-    migrate(&url.parse().unwrap(), |_| {}).await.unwrap();
+    let owner = as_role(url, OWNER);
+    migrate(&owner.parse().unwrap(), |_| {}).await.unwrap();
 }
 
 /// Replaces each `:name` of an organization or a user by its id, and `:user` by the user's column of `profiles`.
@@ -145,17 +148,16 @@ pub(crate) async fn log_in(client: &Client, user: &str) {
 async fn make_roles() {
     static MADE: OnceCell<()> = OnceCell::const_new();
     MADE.get_or_init(async || {
-        let superuser = connect(&url_as(SUPERUSER, "postgres")).await;
+        let superuser = connect(&support::cluster().url_for("postgres")).await;
         run(&superuser, ROLES).await;
     })
     .await;
 }
 
 /// Everything up to Phase 1, and the owner's connection to it.
-async fn begin(name: &str, url: &str, shape: Shape) -> Client {
-    let superuser = connect(&url_as(SUPERUSER, name)).await;
-    run(&superuser, SUPABASE).await;
-    let owner = connect(url).await;
+async fn begin(url: &str, shape: Shape) -> Client {
+    run(&connect(url).await, SUPABASE).await;
+    let owner = connect(&as_role(url, OWNER)).await;
     run(&owner, TABLES).await;
     let profiles = match shape {
         Shape::A => SHAPE_A,

@@ -39,7 +39,8 @@ DO $$ BEGIN
              FROM hallpass.audit_partitions() WHERE NOT is_default);
 END $$";
 
-/// An audit row from another time, which only the owner can write.
+/// An audit row from another time, which only the owner can write; a month is the owner's, as
+/// `hallpass.make_audit_partitions` makes it.
 const PAST: &str = "
 CREATE FUNCTION past_row(entry bigint, org uuid, at timestamptz) RETURNS void LANGUAGE sql AS $$
     INSERT INTO permission_audit_log (entry_id, n, org_id, created_at, table_name, change_type, actor_source,
@@ -52,7 +53,7 @@ CREATE FUNCTION past(entry bigint, org uuid, days integer) RETURNS void LANGUAGE
                                      now() - make_interval(days => days));
     INSERT INTO hallpass.log_org VALUES (org, entry)
 $$;
-CREATE PROCEDURE past_month(days integer) LANGUAGE plpgsql AS $$
+CREATE PROCEDURE past_month(days integer) LANGUAGE plpgsql SET role = 'hallpass_owner' AS $$
 DECLARE
     month timestamptz := date_trunc('month', now() - make_interval(days => days), 'UTC');
 BEGIN

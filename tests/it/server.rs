@@ -23,7 +23,10 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{database::eventually, names::id};
+use crate::{
+    database::{as_role, eventually},
+    names::id,
+};
 
 /// The members that [`fill`] puts into each organization, as (user, role).
 pub(crate) const MEMBERS: [(&str, &str); 5] = [
@@ -60,10 +63,11 @@ pub(crate) struct Answer {
     pub(crate) response: CheckPermissionResponse,
 }
 
-/// As the service has it by default, but for the waits that a test should not have.
+/// As the service has it by default, but for the waits that a test should not have; it logs in as it should, to the
+/// database that the superuser's URL names.
 pub(crate) fn config(url: &str) -> Config {
     Config {
-        database: url.parse().unwrap(),
+        database: as_role(url, "hallpass_service").parse().unwrap(),
         staleness_bound: Duration::from_secs(2),
         cache_capacity: 100_000,
         warm_up_max: Duration::from_secs(10),

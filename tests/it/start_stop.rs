@@ -64,14 +64,8 @@ async fn a_database_that_is_away_at_the_start_is_waited_for() {
 
 #[tokio::test]
 async fn a_schema_that_is_behind_is_waited_for() {
-    let admin = support::cluster().url_for("postgres");
-    let (admin, connection) = tokio_postgres::connect(&admin, tokio_postgres::NoTls)
-        .await
-        .unwrap();
-    tokio::spawn(connection);
-    let create = "CREATE DATABASE not_migrated_yet";
-    admin.batch_execute(create).await.unwrap();
-    let url = support::cluster().url_for("not_migrated_yet");
+    let database = Database::empty().await;
+    let url = database.url;
     let mut server = Server::listening(config(&url)).await;
     assert_waits(&server).await;
     migrate(&url.parse().unwrap(), |_| {}).await.unwrap();

@@ -15,6 +15,8 @@ use super::{
     describe,
 };
 
+pub use super::uninstall::uninstall;
+
 /// One file of `migrations/`.
 pub struct Migration {
     pub version: i32,
@@ -51,22 +53,6 @@ pub const MIGRATIONS: &[Migration] = migrations![
 const RUNS_WHAT_IT_SELECTS: &str =
     "-- hallpass: runs the statements that this query selects, each by itself";
 
-const UNINSTALL: &str = include_str!("uninstall.sql");
-const REMOVE: &str = include_str!("remove.sql");
-const DEPENDENTS: &str = include_str!("dependents.sql");
-const UNDO_FIRST: &str = "SELECT statement FROM hallpass.undo WHERE step = 'FIRST' ORDER BY n DESC";
-const UNDO_LAST: &str = "SELECT statement FROM hallpass.undo WHERE step = 'LAST' ORDER BY n DESC";
-const UNINSTALLING: &str = "uninstalling";
-
-/// Whether an earlier uninstall came no further than to bring back what was replaced.
-const IS_LEFT_OVER: &str = "
-SELECT to_regclass('hallpass.schema_migrations') IS NULL AND to_regclass('hallpass.undo') IS NOT NULL";
-
-/// Those of this database; pg_locks shows everybody's to everybody.
-const RUNNING_TRANSACTIONS: &str = "
-SELECT virtualxid FROM pg_locks JOIN pg_stat_activity a USING (pid)
-WHERE locktype = 'virtualxid' AND granted AND pid <> pg_backend_pid() AND datname = current_database()";
-
 /// How long a migration waits for one lock on a table that the application uses: those who come after it wait as long.
 /// Several are asked for in a row, and all of that stays below half a second, and below PostgreSQL's deadlock_timeout.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(100);
@@ -78,10 +64,7 @@ const TRY_INTERVAL: Duration = Duration::from_millis(500);
 /// How long to wait for another process that is migrating. Polled: a session blocked in `pg_advisory_lock` would
 /// deadlock with a CREATE INDEX CONCURRENTLY of the one that holds it.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(300);
-const LOCK_POLL: Duration = Duration::from_millis(200);
-
-/// How long an uninstall waits for the transactions that began before it.
-const OUTLAST_MAX: Duration = Duration::from_secs(10);
+pub(super) const LOCK_POLL: Duration = Duration::from_millis(200);
 
 impl Migration {
     fn checksum(&self) -> String {
@@ -147,7 +130,8 @@ const READ_APPLIED: &str =
 const IS_INSTALLED: &str = "SELECT to_regclass('hallpass.schema_migrations') IS NOT NULL";
 
 /// Every name in a migration is qualified; nothing is found, or made, by the login's search path.
-const SESSION: &str = "SET search_path = pg_catalog; SET client_min_messages = warning;\n";
+pub(super) const SESSION: &str =
+    "SET search_path = pg_catalog; SET client_min_messages = warning;\n";
 
 const INSTALL: &str = "
 CREATE SCHEMA IF NOT EXISTS hallpass;
@@ -302,74 +286,7 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
     Ok(script)
 }
 
-/// Takes hallpass off the database: the application's tables and the audit rows stay, what was replaced comes back.
-///
-/// # Errors
-/// When it is not there, something else depends on it (then nothing is changed), or the database is away.
-pub async fn uninstall(
-    url: &DatabaseUrl,
-    mut progress: impl FnMut(Progress),
-) -> Result<(), MigrateError> {
-    let connection = DedicatedConnection::open(url, None).await?;
-    let client = &connection.client;
-    lock(client).await?;
-    let is_left_over = is_true(client, IS_LEFT_OVER).await?;
-    if !is_left_over && missing(&connection).await?.len() == MIGRATIONS.len() {
-        return Err(MigrateError::NotInstalled);
-    }
-    let dependents = first_column(client, DEPENDENTS).await?;
-    if !dependents.is_empty() {
-        return Err(MigrateError::Used(dependents));
-    }
-    if !is_left_over {
-        // By the search path that the application's names are found by.
-        for statement in first_column(client, UNDO_FIRST).await? {
-            run(client, UNINSTALLING, &statement).await?;
-        }
-        run(client, UNINSTALLING, SESSION).await?;
-        let script = transaction(&[UNINSTALL]);
-        run_with_locks(client, UNINSTALLING, &script, &mut progress).await?;
-        outlast_transactions(client).await?;
-    }
-    run(client, UNINSTALLING, SESSION).await?;
-    for statement in first_column(client, UNDO_LAST).await? {
-        run(client, UNINSTALLING, &statement).await?;
-    }
-    let script = transaction(&[REMOVE, &drop_schema()]);
-    run_with_locks(client, UNINSTALLING, &script, &mut progress).await
-}
-
-/// CASCADE, for the schema is hallpass's alone; what came to depend on it since the last look is not.
-fn drop_schema() -> String {
-    format!(
-        "
-DO $$
-BEGIN
-    IF EXISTS ({DEPENDENTS}) THEN
-        RAISE EXCEPTION 'something has just come to depend on hallpass' USING HINT = 'Try again to see what.';
-    END IF;
-END $$;
-DROP SCHEMA hallpass CASCADE;
-"
-    )
-}
-
-/// Waits until the transactions are over that may be calling what was replaced a moment ago. Not for ever: what calls it
-/// for long holds locks on the tables, and was waited for already.
-async fn outlast_transactions(client: &Client) -> Result<(), StoreError> {
-    let deadline = Instant::now() + OUTLAST_MAX;
-    let running: Vec<String> = first_column(client, RUNNING_TRANSACTIONS).await?;
-    loop {
-        let still_running = first_column(client, RUNNING_TRANSACTIONS).await?;
-        let is_over = running.iter().all(|id| !still_running.contains(id));
-        if is_over || Instant::now() > deadline {
-            return Ok(());
-        }
-        sleep(LOCK_POLL).await;
-    }
-}
-
-async fn missing(
+pub(super) async fn missing(
     connection: &DedicatedConnection,
 ) -> Result<Vec<&'static Migration>, MigrateError> {
     match schema_state(connection).await? {
@@ -383,16 +300,16 @@ async fn missing(
     }
 }
 
-async fn is_true(client: &Client, query: &str) -> Result<bool, StoreError> {
+pub(super) async fn is_true(client: &Client, query: &str) -> Result<bool, StoreError> {
     Ok(client.query_one(query, &[]).await?.try_get(0)?)
 }
 
-async fn first_column(client: &Client, query: &str) -> Result<Vec<String>, StoreError> {
+pub(super) async fn first_column(client: &Client, query: &str) -> Result<Vec<String>, StoreError> {
     let rows = client.query(query, &[]).await?;
     rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
 }
 
-fn transaction(parts: &[&str]) -> String {
+pub(super) fn transaction(parts: &[&str]) -> String {
     let lock_timeout = LOCK_TIMEOUT.as_millis();
     format!(
         "BEGIN;\nSET LOCAL lock_timeout = '{lock_timeout}ms';\n\n{}COMMIT;\n",
@@ -400,7 +317,11 @@ fn transaction(parts: &[&str]) -> String {
     )
 }
 
-async fn run(client: &Client, name: &'static str, sql: &str) -> Result<(), MigrateError> {
+pub(super) async fn run(
+    client: &Client,
+    name: &'static str,
+    sql: &str,
+) -> Result<(), MigrateError> {
     client.batch_execute(sql).await.map_err(|error| {
         let cause = in_full(&error);
         MigrateError::Failed { name, cause }
@@ -418,7 +339,7 @@ fn in_full(error: &tokio_postgres::Error) -> String {
 }
 
 /// Runs a transaction that needs locks on the application's tables, again and again until it gets them.
-async fn run_with_locks(
+pub(super) async fn run_with_locks(
     client: &Client,
     name: &'static str,
     script: &str,
@@ -451,7 +372,7 @@ async fn run_with_locks(
 }
 
 /// The lock goes with the connection.
-async fn lock(client: &Client) -> Result<(), MigrateError> {
+pub(super) async fn lock(client: &Client) -> Result<(), MigrateError> {
     let deadline = Instant::now() + LOCK_WAIT_MAX;
     while Instant::now() < deadline {
         let row = client

@@ -9,6 +9,7 @@ pub mod lists;
 pub mod load;
 pub mod log;
 pub mod migrations;
+mod uninstall;
 pub mod upkeep;
 
 use std::{str::FromStr, time::Duration};

@@ -8,50 +8,60 @@ use crate::{
     adopt_cases::{PHASE_1, PHASE_2},
     database::Shape,
     names::id,
-    pto::{Phase, Pto, adopt, resolve},
+    pto::{Phase, Pto, adopt, as_owner, resolve},
     sql::{lines, run, sqlstate, value, wait_until},
 };
 
+/// Of the names that hallpass makes indexes under, on the application's tables.
 const OURS: &str = "
-SELECT indexrelid::regclass, indisvalid, pg_get_indexdef(indexrelid) FROM pg_index
-WHERE indexrelid::regclass::text LIKE 'hallpass\\_%' AND indrelid::regclass::text !~ '^hallpass' ORDER BY 1";
+SELECT c.relname, indisvalid, regexp_replace(pg_get_indexdef(indexrelid), '.* USING btree ', '')
+FROM pg_index JOIN pg_class c ON c.oid = indexrelid
+WHERE c.relname ~ '^hallpass_' AND indrelid::regclass::text !~ '^hallpass'
+   OR c.relname IN ('idx_profiles_user_org', 'idx_profiles_org_role') ORDER BY 1";
 
-const MEMBERS_KEY: &str = "hallpass_members_key | t | \
-    CREATE UNIQUE INDEX hallpass_members_key ON public.profiles USING btree (org_id, user_id)";
-const CATALOG_KEY: &str = "hallpass_catalog_key | t | \
-    CREATE UNIQUE INDEX hallpass_catalog_key ON public.organization_permission_templates USING btree (permission_key)";
-const USER_ORG: &str = "hallpass_profiles_user_org | t | \
-    CREATE INDEX hallpass_profiles_user_org ON public.profiles USING btree (user_id, org_id)";
+const CATALOG_KEY: &str = "hallpass_catalog_key | t | (permission_key)";
+const MEMBERS_KEY: &str = "hallpass_members_key | t | (org_id, user_id)";
+const ORG_ROLE: &str = "idx_profiles_org_role | t | (org_id, role, user_id)";
+const USER_ORG: &str = "idx_profiles_user_org | t | (user_id, org_id) INCLUDE (role)";
+const ALL: [&str; 4] = [CATALOG_KEY, MEMBERS_KEY, ORG_ROLE, USER_ORG];
 
 const DUPLICATE: &str =
     "INSERT INTO profiles (user_id, org_id, role) VALUES (:vic, :lincoln, 'teacher')";
 const MEND: &str = "DELETE FROM profiles WHERE user_id = :vic AND role = 'teacher'";
 
 async fn ours(client: &Client) -> Vec<String> {
-    let mut ours = lines(client, OURS).await;
-    ours.sort();
-    ours
+    lines(client, OURS).await
 }
 
-/// The application's own unique constraints serve, and its (user_id, org_id) with more columns included.
+/// The application's own unique constraints serve, and its indexes that have the columns, and more of them included.
 #[tokio::test]
 async fn none_is_built_twice() {
-    let in_shape_b = MEMBERS_KEY.replace("user_id", "id");
-    for (pto, expected) in [
-        (PHASE_1, vec![CATALOG_KEY, MEMBERS_KEY, USER_ORG]),
-        (PHASE_2, vec![CATALOG_KEY, MEMBERS_KEY]),
-        (Pto::new(Shape::B, Phase::Two), vec![in_shape_b.as_str()]),
-    ] {
-        let client = pto.adopted().await.client().await;
-        assert_eq!(ours(&client).await, expected, "{pto:?}");
-    }
-    let own = "ALTER TABLE profiles ADD UNIQUE (org_id, user_id);
-               CREATE UNIQUE INDEX of_any_sort ON organization_permission_templates (permission_key DESC)";
+    let in_phase_2 =
+        "idx_profiles_user_org | t | (user_id, org_id) INCLUDE (role, first_name, last_name)";
+    let client = PHASE_1.adopted().await.client().await;
+    assert_eq!(ours(&client).await, ALL);
+    let client = PHASE_2.adopted().await.client().await;
+    let expected = [CATALOG_KEY, MEMBERS_KEY, ORG_ROLE, in_phase_2];
+    assert_eq!(ours(&client).await, expected);
+    let client = Pto::new(Shape::B, Phase::Two)
+        .adopted()
+        .await
+        .client()
+        .await;
+    let in_shape_b = [MEMBERS_KEY, ORG_ROLE, USER_ORG].map(|line| line.replace("user_id", "id"));
+    assert_eq!(ours(&client).await, in_shape_b);
+
     let database = PHASE_2.found().await;
     let client = database.client().await;
-    run(&client, own).await;
+    run(
+        &client,
+        "ALTER TABLE profiles ADD UNIQUE (org_id, user_id);
+         CREATE UNIQUE INDEX of_any_sort ON organization_permission_templates (permission_key DESC)",
+    )
+    .await;
+    let before = ours(&client).await;
     adopt(&database.url).await;
-    assert_eq!(ours(&client).await, [""; 0]);
+    assert_eq!(ours(&client).await, before);
 }
 
 /// INVALID, as a build leaves them that failed; of our name on other columns, or not unique.
@@ -68,13 +78,13 @@ async fn what_does_not_serve_is_built_anew() {
     run(&client, &resolve(Shape::A, MEND)).await;
     run(
         &client,
-        "CREATE INDEX hallpass_profiles_user_org ON profiles (role);
-         CREATE INDEX hallpass_catalog_key ON organization_permission_templates (permission_key);
-         ALTER INDEX hallpass_profiles_user_org OWNER TO pto_owner",
+        "CREATE INDEX idx_profiles_user_org ON profiles (user_id, org_id);
+         CREATE INDEX idx_profiles_org_role ON profiles (org_id, role, user_id) WHERE role = 'admin';
+         CREATE INDEX hallpass_catalog_key ON organization_permission_templates (permission_key)",
     )
     .await;
     adopt(&database.url).await;
-    assert_eq!(ours(&client).await, [CATALOG_KEY, MEMBERS_KEY, USER_ORG]);
+    assert_eq!(ours(&client).await, ALL);
 }
 
 /// The survey saw none, and the application makes one while the tables are being taken.
@@ -82,7 +92,7 @@ async fn what_does_not_serve_is_built_anew() {
 async fn a_duplicate_of_the_last_minute_is_named_and_can_be_mended() {
     let database = PHASE_1.found().await;
     let client = database.client().await;
-    let url = database.url.parse().unwrap();
+    let url = as_owner(&database.url).parse().unwrap();
     migrate_to(&url, 9, |_| {}).await.unwrap();
     run(&client, &resolve(Shape::A, DUPLICATE)).await;
     let refused = migrate(&url, |p| panic!("{p:?}")).await.unwrap_err();
@@ -111,7 +121,7 @@ async fn a_duplicate_of_the_last_minute_is_named_and_can_be_mended() {
     let recorded = "SELECT array_agg(change_type ORDER BY entry_id) FROM permission_audit_log";
     assert_eq!(value(&client, recorded).await, "{INSERT,UPDATE,DELETE}");
     adopt(&database.url).await;
-    assert_eq!(ours(&client).await, [CATALOG_KEY, MEMBERS_KEY, USER_ORG]);
+    assert_eq!(ours(&client).await, ALL);
 }
 
 /// Whoever waits for the first to migrate must not hold a snapshot, for which its index would wait.
@@ -129,7 +139,7 @@ async fn migrators_at_once_do_not_wait_for_each_other_in_a_ring() {
     transaction.batch_execute("SELECT 1").await.unwrap();
     let mut migrators = JoinSet::new();
     for _ in 0..3 {
-        let url = database.url.parse().unwrap();
+        let url = as_owner(&database.url).parse().unwrap();
         migrators.spawn(async move { migrate(&url, |_| {}).await });
     }
     wait_until(
@@ -143,7 +153,7 @@ async fn migrators_at_once_do_not_wait_for_each_other_in_a_ring() {
     for migrated in migrators.join_all().await {
         migrated.unwrap();
     }
-    assert_eq!(ours(&client).await, [CATALOG_KEY, MEMBERS_KEY, USER_ORG]);
+    assert_eq!(ours(&client).await, ALL);
     let applied = "SELECT count(*) FROM hallpass.schema_migrations";
     assert_eq!(value(&client, applied).await, MIGRATIONS.len().to_string());
 }

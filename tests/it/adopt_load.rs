@@ -15,7 +15,7 @@ use tokio_postgres::Client;
 use crate::{
     adopt_cases::PHASE_2,
     database::Shape,
-    pto::{OLD_AUDIT_LOG, resolve},
+    pto::{OLD_AUDIT_LOG, as_owner, resolve},
     sql::lines,
     writers::{Change, Waits, Work, Writers, grow},
 };
@@ -108,7 +108,7 @@ async fn nobody_fails_or_waits_long_and_each_change_is_recorded_once() {
     let database = PHASE_2.found().await;
     let client = database.client().await;
     grow(&client).await;
-    let url = database.url.parse().unwrap();
+    let url = as_owner(&database.url).parse().unwrap();
 
     let writers = Writers::start(&database).await;
     writers.work_on(20).await;
@@ -128,7 +128,7 @@ async fn nobody_fails_or_waits_long_when_it_is_taken_off() {
     let database = PHASE_2.found().await;
     let client = database.client().await;
     grow(&client).await;
-    let url = database.url.parse().unwrap();
+    let url = as_owner(&database.url).parse().unwrap();
     migrate(&url, |_| {}).await.unwrap();
 
     let writers = Writers::start(&database).await;
@@ -150,7 +150,7 @@ async fn a_long_transaction_is_waited_for_and_others_go_on() {
     let database = PHASE_2.found().await;
     let mut client = database.client().await;
     grow(&client).await;
-    let url = database.url.parse().unwrap();
+    let url = as_owner(&database.url).parse().unwrap();
     let long = client.transaction().await.unwrap();
     let change = "UPDATE organization_permissions SET min_role_required = 'w0.long'
                   WHERE org_id = :lincoln AND permission_key = 'can_send_emails'";

@@ -6,10 +6,10 @@ use tokio_postgres::Client;
 use crate::{
     adopt_cases::{Case, PHASE_1, PHASE_2},
     commands::hallpass,
-    database::{Database, Shape, connect, url_as},
+    database::{Database, Shape, as_role},
     dump::{assert_same, psql},
     names::id,
-    pto::{OWNER, Phase, Pto, resolve},
+    pto::{OWNER, Phase, Pto, as_owner, resolve},
     sql::{lines, run, value},
 };
 
@@ -59,7 +59,7 @@ async fn what_stands_against_it_is_told_and_nothing_is_changed() {
         let expected = expected(case, &client).await;
         let before = lines(&client, CATALOG).await;
 
-        let url = database.url.parse().unwrap();
+        let url = as_owner(&database.url).parse().unwrap();
         let refused = migrate(&url, |told| panic!("{told:?}: {}", case.done)).await;
         let Err(MigrateError::Blocked(blockers)) = refused else {
             panic!("{refused:?}: {}", case.done);
@@ -79,7 +79,7 @@ async fn what_stands_against_it_is_told_and_nothing_is_changed() {
 
 #[tokio::test]
 async fn an_owner_from_whom_policies_hide_rows_is_told() {
-    let admin = connect(&url_as(crate::database::SUPERUSER, "postgres")).await;
+    let admin = Database::empty().await.client().await;
     run(&admin, "CREATE ROLE plain_owner LOGIN").await;
     let database = Database::copy("template0", "plain_owner", Shape::A).await;
     let client = database.client().await;
@@ -94,7 +94,7 @@ async fn an_owner_from_whom_policies_hide_rows_is_told() {
         "ALTER TABLE organizations FORCE ROW LEVEL SECURITY",
     )
     .await;
-    let url = database.url.parse().unwrap();
+    let url = as_role(&database.url, "plain_owner").parse().unwrap();
     let refused = migrate(&url, |_| {}).await.unwrap_err();
     assert_eq!(
         refused.to_string(),
@@ -115,7 +115,7 @@ async fn the_command_lists_all_and_fails() {
     let database = PHASE_2.found().await;
     let client = database.client().await;
     run(&client, SIX).await;
-    let ran = hallpass(&["migrate", "--database-url", &database.url]).await;
+    let ran = hallpass(&["migrate", "--database-url", &as_owner(&database.url)]).await;
     assert_eq!((ran.code, ran.out.as_str()), (2, ""), "{ran:?}");
     let name = value(&client, "SELECT current_database()").await;
     let expected = [
@@ -155,7 +155,7 @@ async fn what_will_change_is_told() {
     )
     .await;
     let mut notes = Vec::new();
-    migrate(&database.url.parse().unwrap(), |told| {
+    migrate(&as_owner(&database.url).parse().unwrap(), |told| {
         if let Progress::Note(note) = told {
             notes.push(note);
         }
@@ -195,8 +195,13 @@ async fn what_is_told_in_a_script_stays_a_comment() {
              EXECUTE FUNCTION log_permission_changes()",
     )
     .await;
-    let script = plan(&database.url.parse().unwrap()).await.unwrap();
+    let script = plan(&as_owner(&database.url).parse().unwrap())
+        .await
+        .unwrap();
     assert_eq!(script.matches("DROP TABLE events").count(), 2);
-    assert_eq!(psql(&database.url, &script).await, (0, String::new()));
+    assert_eq!(
+        psql(&as_owner(&database.url), &script).await,
+        (0, String::new())
+    );
     assert_eq!(lines(&client, "SELECT count(*) FROM events").await, ["2"]);
 }

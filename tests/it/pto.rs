@@ -121,10 +121,16 @@ pub(crate) async fn for_scenarios(shape: Shape) -> Database {
     Database::copy(&name, OWNER, shape).await
 }
 
-/// As the owner, who is no superuser. The service logs in as `hallpass_service`, as in every test.
+/// The URL for the owner, who is no superuser.
+pub(crate) fn as_owner(url: &str) -> String {
+    as_role(url, OWNER)
+}
+
+/// As the owner. The service logs in as `hallpass_service`, as in every test.
 pub(crate) async fn adopt(url: &str) {
-    let owner = as_role(url, OWNER);
-    migrate(&owner.parse().unwrap(), |_| {}).await.unwrap();
+    migrate(&as_owner(url).parse().unwrap(), |_| {})
+        .await
+        .unwrap();
 }
 
 /// Replaces each `:name` of an organization or a user by its id, and `:user` by the user's column of `profiles`.
@@ -157,7 +163,7 @@ async fn make_roles() {
 /// Everything up to Phase 1, and the owner's connection to it.
 async fn begin(url: &str, shape: Shape) -> Client {
     run(&connect(url).await, SUPABASE).await;
-    let owner = connect(&as_role(url, OWNER)).await;
+    let owner = connect(&as_owner(url)).await;
     run(&owner, TABLES).await;
     let profiles = match shape {
         Shape::A => SHAPE_A,

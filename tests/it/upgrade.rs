@@ -10,11 +10,11 @@ use tokio_postgres::Client;
 
 use crate::{
     adopt_cases::PHASE_2,
-    database::{Database, Shape, read_world},
+    database::{Database, Shape, as_role, read_world},
     dump::{assert_same, dump, psql},
     executors::Executor,
     names::Names,
-    pto::{ORGANIZATIONS, OWNER, USERS, resolve},
+    pto::{ORGANIZATIONS, OWNER, USERS, as_owner, resolve},
     sql::{lines, run, value},
 };
 
@@ -75,9 +75,9 @@ async fn decides(client: &Client, shape: Shape) {
     }
 }
 
-async fn upgrades(database: &Database, version: i32, fill: &str) {
+async fn upgrades(database: &Database, owner: &str, version: i32, fill: &str) {
     let client = database.client().await;
-    let url = database.url.parse().unwrap();
+    let url = as_role(&database.url, owner).parse().unwrap();
     migrate_to(&url, version, |_| {}).await.unwrap();
     run(&client, &resolve(database.shape, fill)).await;
     run(&client, &resolve(database.shape, CHANGE)).await;
@@ -124,7 +124,7 @@ async fn upgrades(database: &Database, version: i32, fill: &str) {
 async fn from_every_version_of_our_own_tables() {
     for migration in &MIGRATIONS[..MIGRATIONS.len() - 1] {
         let database = Database::empty().await;
-        upgrades(&database, migration.version, FILL).await;
+        upgrades(&database, "hallpass", migration.version, FILL).await;
     }
 }
 
@@ -132,13 +132,13 @@ async fn from_every_version_of_our_own_tables() {
 async fn from_every_version_on_the_applications_tables() {
     for migration in &MIGRATIONS[..MIGRATIONS.len() - 1] {
         let database = PHASE_2.found().await;
-        upgrades(&database, migration.version, "").await;
+        upgrades(&database, OWNER, migration.version, "").await;
     }
 }
 
 /// Names that are given at random, and when each was applied.
 async fn schema(client: &Client, database: &Database) -> Vec<String> {
-    let mut schema = dump(client, &database.url, &["--schema-only"]).await;
+    let mut schema = dump(client, &as_owner(&database.url), &["--schema-only"]).await;
     let recorded =
         "SELECT version, name, checksum FROM hallpass.schema_migrations ORDER BY version";
     schema.extend(lines(client, recorded).await);
@@ -148,16 +148,23 @@ async fn schema(client: &Client, database: &Database) -> Vec<String> {
 #[tokio::test]
 async fn a_dry_run_prints_what_migrate_does() {
     for pto in [None, Some(PHASE_2)] {
+        // The first one makes the roles.
+        drop(PHASE_2.found().await);
         let make = async || match pto {
             None => Database::copy("template0", OWNER, Shape::A).await,
             Some(pto) => pto.found().await,
         };
-        drop(PHASE_2.found().await); // makes the roles
         let (migrated, scripted) = (make().await, make().await);
         let (m, s) = (migrated.client().await, scripted.client().await);
-        let before = dump(&s, &scripted.url, &[]).await;
-        let script = plan(&scripted.url.parse().unwrap()).await.unwrap();
-        assert_same(&before, &dump(&s, &scripted.url, &[]).await, "planned");
+        let before = dump(&s, &as_owner(&scripted.url), &[]).await;
+        let script = plan(&as_owner(&scripted.url).parse().unwrap())
+            .await
+            .unwrap();
+        assert_same(
+            &before,
+            &dump(&s, &as_owner(&scripted.url), &[]).await,
+            "planned",
+        );
         let mut rest = script.as_str();
         for migration in MIGRATIONS {
             let heading = format!("\n-- {}\n", migration.name);
@@ -165,8 +172,11 @@ async fn a_dry_run_prints_what_migrate_does() {
             rest = after;
         }
 
-        assert_eq!(psql(&scripted.url, &script).await, (0, String::new()));
-        migrate(&migrated.url.parse().unwrap(), |_| {})
+        assert_eq!(
+            psql(&as_owner(&scripted.url), &script).await,
+            (0, String::new())
+        );
+        migrate(&as_owner(&migrated.url).parse().unwrap(), |_| {})
             .await
             .unwrap();
         let (migrated, scripted) = (schema(&m, &migrated).await, schema(&s, &scripted).await);
@@ -179,21 +189,26 @@ async fn a_dry_run_prints_what_migrate_does() {
 async fn a_script_stops_where_it_fails() {
     let database = PHASE_2.found().await;
     let client = database.client().await;
-    let script = plan(&database.url.parse().unwrap()).await.unwrap();
+    let script = plan(&as_owner(&database.url).parse().unwrap())
+        .await
+        .unwrap();
     let mut holder = database.client().await;
     let transaction = holder.transaction().await.unwrap();
     transaction
         .batch_execute("LOCK TABLE profiles IN ROW EXCLUSIVE MODE")
         .await
         .unwrap();
-    let (code, error) = psql(&database.url, &script).await;
+    let (code, error) = psql(&as_owner(&database.url), &script).await;
     assert_eq!(code, 3, "{error}");
     assert!(error.contains("lock timeout"), "{error}");
     let applied = "SELECT array_agg(version ORDER BY version) FROM hallpass.schema_migrations";
     assert_eq!(value(&client, applied).await, "{1,2}");
     transaction.rollback().await.unwrap();
-    let url = database.url.parse().unwrap();
+    let url = as_owner(&database.url).parse().unwrap();
     let script = plan(&url).await.unwrap();
-    assert_eq!(psql(&database.url, &script).await, (0, String::new()));
+    assert_eq!(
+        psql(&as_owner(&database.url), &script).await,
+        (0, String::new())
+    );
     migrate(&url, |p| panic!("{p:?}")).await.unwrap();
 }

@@ -13,6 +13,7 @@ use tokio_postgres::Client;
 
 use crate::{
     database::{Database, connect, eventually},
+    pto::as_owner,
     sql::{lines, run},
 };
 
@@ -95,7 +96,7 @@ impl Writers {
         let is_over = Arc::new(AtomicBool::new(false));
         let mut work = JoinSet::new();
         for number in 0..WRITERS {
-            let client = connect(&database.url).await;
+            let client = connect(&as_owner(&database.url)).await;
             // They say when a statement waits too long, as an application's do: nothing here is meant to.
             run(&client, "SET lock_timeout = 0; SET ROLE service_role").await;
             let (counts, is_over) = (Arc::clone(&counts), Arc::clone(&is_over));

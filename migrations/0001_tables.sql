@@ -271,7 +271,8 @@ BEGIN
         CALL hallpass.keep_privileges('TABLE public.' || name, old.relacl);
         IF old.kind = 'MATERIALIZED VIEW' AND old.relispopulated THEN
             INSERT INTO hallpass.undo (statement, step)
-            VALUES ('REFRESH MATERIALIZED VIEW hallpass_replaced.' || name, 'FIRST');
+            SELECT format('DO $do$ BEGIN IF to_regclass(%L) IS NOT NULL THEN REFRESH MATERIALIZED VIEW %1$s; END IF; END $do$',
+                          'hallpass_replaced.' || name), 'FIRST';
         END IF;
         CALL hallpass.set_aside(old.kind, name);
         IF old.kind = 'MATERIALIZED VIEW' THEN

@@ -6,6 +6,7 @@ BEGIN
     FOR going IN
         SELECT 'FUNCTION' AS kind, signature
         FROM hallpass.public_object JOIN hallpass.public_function() f USING (name)
+        WHERE to_regprocedure('public.' || signature) IS NOT NULL
         UNION ALL
         SELECT CASE relkind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'VIEW' END, o.name
         FROM hallpass.public_object o JOIN pg_class c ON c.oid = to_regclass('public.' || o.name)

@@ -22,7 +22,7 @@ BEGIN
     FOR going IN
         SELECT o.name, 'FUNCTION' AS kind, signature FROM hallpass.public_object o
         JOIN hallpass.public_function() f ON f.name = o.name
-        WHERE to_regprocedure('hallpass_replaced.' || signature) IS NOT NULL
+        WHERE to_regprocedure('hallpass_replaced.' || signature) IS NOT NULL AND to_regprocedure('public.' || signature) IS NOT NULL
         UNION ALL
         SELECT name, CASE relkind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'VIEW' END, name
         FROM hallpass.public_object JOIN pg_class c ON c.oid = to_regclass('public.' || name)
@@ -59,7 +59,14 @@ DECLARE
     undone text;
 BEGIN
     FOR undone IN SELECT statement FROM hallpass.undo WHERE step = 'SWITCH' ORDER BY n DESC LOOP
-        EXECUTE undone;
+        BEGIN
+            EXECUTE undone;
+        EXCEPTION WHEN undefined_table OR undefined_object OR undefined_function OR invalid_schema_name THEN
+            -- What the application has dropped since, such as its old audit log, does not come back.
+            IF undone NOT LIKE 'ALTER %' THEN
+                RAISE;
+            END IF;
+        END;
     END LOOP;
 END $$;
 

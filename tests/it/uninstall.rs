@@ -125,7 +125,7 @@ async fn the_record_goes_on_when_hallpass_comes_back() {
             }
             server.stop().await;
             let now = recorded(&client, "permission_audit_log").await;
-            assert_same(&all, &now[..all.len()].to_vec(), "the earlier rows");
+            assert_same(&all, &now[..all.len()], "the earlier rows");
             assert_eq!(now.len(), 2 * times, "{now:?}");
             let entries = "SELECT count(DISTINCT entry_id) FROM permission_audit_log";
             assert_eq!(value(&client, entries).await, now.len().to_string());
@@ -327,3 +327,38 @@ async fn an_uninstall_that_was_cut_short_is_finished() {
 
 const CUT_SHORT: &str = "
 INSERT INTO hallpass.undo (statement) VALUES ('CREATE VIEW public.meanwhile AS SELECT * FROM hallpass.members')";
+
+/// Whoever tidies up what was set aside, or archives the old audit log, can still leave.
+#[tokio::test]
+async fn what_the_application_has_dropped_since_is_no_hindrance() {
+    let database = PHASE_2.adopted().await;
+    let client = database.client().await;
+    run(
+        &client,
+        "DROP SCHEMA hallpass_replaced CASCADE;
+         DROP TABLE permission_audit_log_before_hallpass;
+         DROP TRIGGER permission_audit_trigger ON organization_permissions;
+         DROP FUNCTION public.analyze_permission_performance();
+         DROP INDEX idx_profiles_user_org",
+    )
+    .await;
+    leave(&database.url).await;
+    let left = "
+        SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('v', 'm')
+        UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+        UNION ALL SELECT nspname FROM pg_namespace WHERE nspname LIKE 'hallpass%'
+        ORDER BY 1";
+    let expected = [
+        "get_user_org_id",
+        "log_permission_changes",
+        "pto_rank",
+        "update_updated_at_column",
+        "user_has_min_role",
+        "user_has_org_permission",
+        "user_has_org_permission_enhanced",
+    ];
+    assert_eq!(lines(&client, left).await, expected);
+    log_in(&client, "vic").await;
+    let visible = "SELECT count(*) FROM transactions";
+    assert_eq!(value(&client, visible).await, "1");
+}

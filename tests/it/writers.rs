@@ -40,7 +40,7 @@ const SET_ROLE: &str =
 const SET_OVERRIDE: &str = "
 INSERT INTO organization_permissions (org_id, permission_key, min_role_required) VALUES ('$org', 'can_send_emails', '$label')
 ON CONFLICT (org_id, permission_key) DO UPDATE SET min_role_required = excluded.min_role_required";
-const SHIFTS: [&[&str]; 7] = [
+const SHIFTS: [&[&str]; 9] = [
     &[SET_ROLE],
     &[SET_OVERRIDE],
     &["BEGIN", SET_ROLE, SET_OVERRIDE, "COMMIT"],
@@ -53,6 +53,8 @@ const SHIFTS: [&[&str]; 7] = [
         "SELECT permission_key, module_name, user_has_permission FROM user_permission_matrix
          WHERE user_id = '$user' AND org_id = '$org' AND is_enabled = true",
     ],
+    &["SELECT user_has_org_permission('$user', 'can_send_emails')"],
+    &["SELECT user_has_org_permission_enhanced('$user', 'can_send_emails', false)"],
     &[
         "BEGIN",
         "SET LOCAL ROLE authenticated",

@@ -29,6 +29,7 @@ mod names;
 mod operations;
 mod oracle;
 mod outage;
+mod positions;
 mod privileges;
 mod property;
 mod proxy;

@@ -18,6 +18,7 @@ use hallpass::{
         BootTime, Catalog, Change, Membership, OrganizationId, Position, Subject,
         SubjectPermissions, UserId,
     },
+    selfcheck,
     store::Store,
 };
 use uuid::Uuid;
@@ -239,6 +240,7 @@ fn no_answer_is_older_than_its_position_under_stress() {
         loader,
         store,
         Duration::from_secs(60),
+        selfcheck::sampler(selfcheck::SAMPLE_EVERY).0,
     );
     // Every entry of the log after the start, by the subject it changes.
     let log: Mutex<Vec<u64>> = Mutex::new(Vec::new());

@@ -105,21 +105,25 @@ async fn connect(
     let (far_read, far_write) = far.into_split();
     // When one direction ends, so does the connection.
     tokio::select! {
-        () = pass_on(near_read, far_write, way.clone()) => {}
-        () = pass_on(far_read, near_write, way) => {}
-        Ok(()) = deaf.changed() => {
-            // Both ends are kept, and nothing comes through.
-            std::future::pending().await
-        }
+        () = pass_on(near_read, far_write, way.clone(), deaf.clone()) => {}
+        () = pass_on(far_read, near_write, way, deaf) => {}
     }
 }
 
-async fn pass_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut way: watch::Receiver<Way>) {
+async fn pass_on(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut way: watch::Receiver<Way>,
+    deaf: watch::Receiver<u64>,
+) {
     let mut buffer = vec![0; 1 << 16];
     loop {
         let Ok(count @ 1..) = from.read(&mut buffer).await else {
             return;
         };
+        if deaf.has_changed().unwrap_or(true) {
+            std::future::pending().await
+        }
         if way.wait_for(|way| *way != Way::Silent).await.is_err()
             || to.write_all(&buffer[..count]).await.is_err()
         {

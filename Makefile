@@ -75,3 +75,4 @@ mutants: ## take out one safety check after the other and see the tests fail
 figures: ## measure, and print the figures
 	@tools/prerequisites.sh rust cc postgresql
 	@$(CARGO) bench --locked --bench figures
+	@$(CARGO) bench --locked --bench adoption

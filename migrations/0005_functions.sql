@@ -90,6 +90,9 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 DECLARE
     began CONSTANT timestamptz := clock_timestamp();
 BEGIN
+    -- In the order in which everything of hallpass asks for them; a query's own order is its plan's.
+    LOCK TABLE public.organizations IN ACCESS SHARE MODE;
+    CALL hallpass.lock_against_truncate();
     IF hallpass.is_populated('public.user_permission_matrix') THEN
         REFRESH MATERIALIZED VIEW CONCURRENTLY public.user_permission_matrix;
     ELSE

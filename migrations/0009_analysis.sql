@@ -198,7 +198,7 @@ BEGIN
         WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
           AND mean_exec_time >= 50
           AND query ~* 'hallpass\.|permission|profiles'
-          AND query !~* 'refresh|cleanup_old|make_audit|remove_expired|analyze_permission|^\s*(create|alter|drop|vacuum)'
+          AND query !~* 'refresh|cleanup_old|make_audit|remove_expired|analyze_permission|(^|\n)\s*(create|alter|drop|vacuum)'
         ORDER BY total_exec_time DESC LIMIT 5 $query$, place);
     IF NOT FOUND THEN
         RETURN NEXT ('slow statements', 0, 'statements', NULL, 'ok', 'none takes 50 ms or more')::hallpass.finding;

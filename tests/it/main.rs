@@ -6,6 +6,13 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod adopt_cases;
+mod adopt_indexes;
+mod adopt_load;
+mod adopt_refused;
+mod adopted;
+mod adopted_scenarios;
+mod adoption;
 mod analysis;
 mod belief;
 mod bypass;
@@ -14,12 +21,14 @@ mod commands;
 mod commit_order;
 mod database;
 mod deadlines;
+mod dump;
 mod embedded;
 mod executors;
 mod feed;
 mod freshness;
 mod indexes;
 mod inspect;
+mod left_again;
 mod limits;
 mod lists;
 mod log;
@@ -34,6 +43,7 @@ mod positions;
 mod privileges;
 mod property;
 mod proxy;
+mod pto;
 mod race;
 mod retention;
 mod roles;
@@ -47,3 +57,6 @@ mod standby;
 mod start_stop;
 mod support;
 mod tidy;
+mod uninstall;
+mod upgrade;
+mod writers;

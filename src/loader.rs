@@ -21,11 +21,11 @@ use crate::{
     cache::{Cache, Entry},
     feed::Progress,
     model::{BootTime, Position, Subject},
-    store::{POOL_SIZE, Store, StoreError, load::ReadFrom},
+    store::{MISS_CONNECTIONS_MAX, Store, StoreError, load::ReadFrom},
 };
 
 /// Statements on their way at once: one a connection.
-const FLIGHTS_MAX: usize = POOL_SIZE;
+const FLIGHTS_MAX: usize = MISS_CONNECTIONS_MAX;
 
 /// Requests that wait for a statement, on their way to the loader's task, or for one flight.
 const QUEUE_MAX: usize = 4_096;
@@ -53,6 +53,18 @@ pub enum LoadError {
     /// Too many requests wait already.
     #[error("too many requests wait for the database")]
     Overloaded,
+}
+
+impl From<StoreError> for LoadError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Busy => Self::Overloaded,
+            StoreError::Unavailable(_)
+            | StoreError::Refused(_)
+            | StoreError::Standby
+            | StoreError::Wrong(_) => Self::Unavailable,
+        }
+    }
 }
 
 /// Which statements may answer a request.
@@ -219,7 +231,7 @@ impl Task {
     fn send_statement(&mut self) {
         let mut subjects: HashSet<Subject> = HashSet::new();
         let mut waiters = Vec::new();
-        let mut from = ReadFrom::MatrixOrView;
+        let mut from = self.source.progress.read_from();
         while let Some(request) = self.queue.front() {
             if !waiters.is_empty() && subjects.len() + request.subjects.len() > SHARED_SUBJECTS_MAX
             {
@@ -241,9 +253,6 @@ impl Task {
         }
         if waiters.is_empty() {
             return;
-        }
-        if !self.source.progress.log_is_believed() {
-            from = ReadFrom::View;
         }
         let subjects: Vec<Subject> = subjects.into_iter().collect();
         let sent_at = BootTime::now();
@@ -281,7 +290,7 @@ impl Task {
             }
         }
         self.report(&loaded);
-        let result = loaded.map(Arc::new).map_err(|_| LoadError::Unavailable);
+        let result = loaded.map(Arc::new).map_err(Into::into);
         for waiter in flight.waiters {
             // A caller who is gone needs no answer.
             let _ = waiter.send(result.clone());

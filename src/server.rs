@@ -2,7 +2,12 @@
 //!
 //! Invariant: health says SERVING only once the schema was found current, while the log is believed and answers can be given.
 
-use std::{future::Future, num::NonZeroU16, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    num::{NonZeroU16, NonZeroU32},
+    sync::Arc,
+    time::Duration,
+};
 
 use thiserror::Error;
 use tokio::{
@@ -29,6 +34,7 @@ use crate::{
     grpc::{permission_service::PermissionService, v1},
     loader::Loader,
     model::BootTime,
+    selfcheck,
     store::{
         DatabaseUrl, DedicatedConnection, Store, StoreError,
         migrations::{self, SchemaState},
@@ -40,7 +46,11 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Config {
     pub database: DatabaseUrl,
+    /// Where the log is followed: `database`, or the same one without what stands between.
+    pub feed_database: DatabaseUrl,
     pub staleness_bound: Duration,
+    /// The most that a caller may ask for as `max_staleness`; not less than `staleness_bound`.
+    pub staleness_ceiling: Duration,
     pub cache_capacity: u64,
     pub warm_up_max: Duration,
     pub matrix_refresh_interval: Duration,
@@ -48,6 +58,8 @@ pub struct Config {
     /// `None`: nothing is ever removed.
     pub audit_retention_days: Option<NonZeroU16>,
     pub maintenance_interval: Duration,
+    /// One cached answer in so many is compared with the tables.
+    pub self_check_every: NonZeroU32,
     pub lame_duck: Duration,
     pub drain_max: Duration,
 }
@@ -123,12 +135,14 @@ pub async fn run(
         Arc::clone(&cache),
         Arc::clone(&progress),
     );
+    let (sampler, self_check) = selfcheck::sampler(config.self_check_every);
     let checker = Arc::new(Checker::new(
         cache,
         progress,
         loader,
         store,
         config.staleness_bound,
+        sampler,
     ));
 
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -144,6 +158,7 @@ pub async fn run(
         .add_service(
             v1::permission_service_server::PermissionServiceServer::new(PermissionService::new(
                 Arc::clone(&checker),
+                config.staleness_ceiling,
             ))
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
@@ -153,6 +168,11 @@ pub async fn run(
     // Both are aborted when this function returns.
     let mut background = JoinSet::new();
     background.spawn(loader_task);
+    background.spawn(self_check.run(
+        Arc::clone(&checker.store),
+        Arc::clone(&checker.cache),
+        Arc::clone(&checker.progress),
+    ));
     let stop = CancellationToken::new();
     let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
         router,
@@ -238,15 +258,15 @@ async fn report(health: &HealthReporter, status: ServingStatus) {
     health.set_service_status(SERVICE, status).await;
 }
 
-/// Returns when the schema is current and the pool is filled.
+/// Returns when the schema is current and the pools are filled.
 async fn prepare(config: &Config, store: &Store) -> Result<(), ServeError> {
     wait_for_schema(&config.database).await?;
     let mut said = String::new();
     loop {
-        match store.fill_pool().await {
+        match store.fill_pools().await {
             Ok(()) => return Ok(()),
             Err(StoreError::Refused(error)) => return Err(StoreError::Refused(error).into()),
-            Err(error) => say_once(&mut said, format!("the pool is not filled yet: {error}")),
+            Err(error) => say_once(&mut said, format!("the pools are not filled yet: {error}")),
         }
         sleep(START_RETRY).await;
     }
@@ -272,7 +292,7 @@ fn spawn_background(
         has_inspected,
     ));
     background.spawn(feed::follow(
-        config.database.clone(),
+        config.feed_database.clone(),
         Arc::clone(&checker.cache),
         Arc::clone(&checker.progress),
     ));

@@ -454,6 +454,17 @@ async fn serve_and_migrate_say_why_they_will_not_on_one_line() {
             .await
             .assert_one_line(expected);
     }
+    let settings = [
+        (
+            "--staleness-ceiling=1s",
+            "must not be less than --staleness-bound (2s)",
+        ),
+        ("--feed-database-url=nonsense", "--feed-database-url: "),
+    ];
+    for (setting, expected) in settings {
+        let serve = ["serve", "--database-url", &database.url, setting];
+        hallpass(&serve).await.assert_one_line(expected);
+    }
     let addresses = [
         (&*taken, "cannot listen on 127.0.0.1:"),
         ("0.0.0.0:0", "not authenticated"),

@@ -18,6 +18,7 @@ use hallpass::{
         BootTime, Catalog, Change, Membership, OrganizationId, Position, Subject,
         SubjectPermissions, UserId,
     },
+    selfcheck,
     store::Store,
 };
 use uuid::Uuid;
@@ -68,12 +69,12 @@ fn a_load_older_than_a_change_is_not_remembered() {
     let asked = subject(1, 1);
     let (same_organization, elsewhere) = (subject(1, 2), subject(2, 1));
     let cases = [
-        (Change::Subject(asked), false),
+        (Change::Membership(asked), false),
         // A load of the organization that is older than any change of it is not taken: the next one will be.
-        (Change::Subject(same_organization), false),
+        (Change::Membership(same_organization), false),
         (Change::Organization(asked.organization), false),
         (Change::Everything, false),
-        (Change::Subject(elsewhere), true),
+        (Change::Membership(elsewhere), true),
         (Change::Organization(elsewhere.organization), true),
     ];
     for (change, remembered) in cases {
@@ -92,7 +93,7 @@ fn a_load_older_than_a_change_is_not_remembered() {
 fn a_change_ends_exactly_the_entries_it_touches() {
     let (asked, neighbour, elsewhere) = (subject(1, 1), subject(1, 2), subject(2, 1));
     let cases = [
-        (Change::Subject(asked), [false, true, true]),
+        (Change::Membership(asked), [false, true, true]),
         (
             Change::Organization(asked.organization),
             [false, false, true],
@@ -146,7 +147,7 @@ fn a_forgotten_organization_still_refuses_loads_older_than_its_change() {
     let organizations = 5_000;
     for index in 0..organizations {
         let seq = START + 1 + i64::try_from(index).unwrap();
-        cache.apply(seq, &Change::Subject(subject(index, 1)));
+        cache.apply(seq, &Change::Membership(subject(index, 1)));
     }
     let first_change = START + 1;
     let asked = subject(0, 1);
@@ -184,7 +185,7 @@ fn no_load_slips_past_a_removal_under_stress() {
         scope.spawn(|| {
             for seq in START + 1..=START + CHANGES {
                 committed.store(seq, Ordering::Release);
-                cache.apply(seq, &Change::Subject(asked));
+                cache.apply(seq, &Change::Membership(asked));
                 applied.store(seq, Ordering::Release);
                 look();
                 if stopped.load(Ordering::Acquire) {
@@ -209,6 +210,57 @@ fn no_load_slips_past_a_removal_under_stress() {
     assert!(remembered > 100, "only {remembered} entries were seen");
 }
 
+/// A reader has the lease of one history when another begins, and finds an entry of that one.
+#[test]
+fn an_entry_of_another_history_is_no_answer_for_a_lease() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (cache, progress) = (Arc::new(cache()), Arc::new(Progress::default()));
+    let checker = checker(&cache, &progress);
+    let asked = subject(1, 1);
+    let ask = || {
+        let freshness = Freshness::MinimizeLatency;
+        let known = runtime.block_on(checker.know(asked, freshness, BootTime::now()));
+        known.is_ok()
+    };
+    progress.renew(Lease {
+        applied: at(START),
+        sent_at: BootTime::now(),
+        epoch: cache.epoch(),
+    });
+    cache.insert(asked, found_at(START), at(START), cache.epoch());
+    assert!(ask());
+    let epoch = cache.begin_epoch(at(START - 1));
+    cache.insert(asked, found_at(START), at(START), epoch);
+    assert!(cache.get(&asked).is_some());
+    assert!(!ask(), "the lease is of the history before");
+    progress.renew(Lease {
+        applied: at(START),
+        sent_at: BootTime::now(),
+        epoch,
+    });
+    assert!(ask());
+}
+
+/// One that can answer from the cache alone.
+fn checker(cache: &Arc<Cache>, progress: &Arc<Progress>) -> Checker {
+    // Nobody is there: whatever is not cached is no answer.
+    let url = "postgresql:///none?host=/nonexistent&user=none"
+        .parse()
+        .unwrap();
+    let store = Arc::new(Store::new(&url).unwrap());
+    let (loader, _never_run) =
+        Loader::new(Arc::clone(&store), Arc::clone(cache), Arc::clone(progress));
+    drop(_never_run);
+    Checker::new(
+        Arc::clone(cache),
+        Arc::clone(progress),
+        loader,
+        store,
+        Duration::from_secs(60),
+        selfcheck::sampler(selfcheck::SAMPLE_EVERY).0,
+    )
+}
+
 /// Subjects of the stress run, all in one organization, so in one stripe.
 const SUBJECTS: u64 = 4;
 
@@ -222,24 +274,7 @@ fn no_answer_is_older_than_its_position_under_stress() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let cache = Arc::new(cache());
     let progress = Arc::new(Progress::default());
-    // Nobody is there: whatever is not cached is no answer.
-    let url = "postgresql:///none?host=/nonexistent&user=none"
-        .parse()
-        .unwrap();
-    let store = Arc::new(Store::new(&url).unwrap());
-    let (loader, _never_run) = Loader::new(
-        Arc::clone(&store),
-        Arc::clone(&cache),
-        Arc::clone(&progress),
-    );
-    drop(_never_run);
-    let checker = Checker::new(
-        Arc::clone(&cache),
-        Arc::clone(&progress),
-        loader,
-        store,
-        Duration::from_secs(60),
-    );
+    let checker = checker(&cache, &progress);
     // Every entry of the log after the start, by the subject it changes.
     let log: Mutex<Vec<u64>> = Mutex::new(Vec::new());
     let head = || START + i64::try_from(log.lock().unwrap().len()).unwrap();
@@ -257,10 +292,11 @@ fn no_answer_is_older_than_its_position_under_stress() {
                 let changed = (state >> 33) % SUBJECTS;
                 log.lock().unwrap().push(changed);
                 let seq = head();
-                cache.apply(seq, &Change::Subject(subject(1, changed)));
+                cache.apply(seq, &Change::Membership(subject(1, changed)));
                 progress.renew(Lease {
                     applied: at(seq),
                     sent_at: BootTime::now(),
+                    epoch: cache.epoch(),
                 });
             }
             stopped.store(true, Ordering::Release);

@@ -29,7 +29,7 @@ pub struct Entry {
     pub permissions: SubjectPermissions,
     /// The head as seen by the statement that loaded this.
     pub head: Position,
-    epoch: Epoch,
+    pub epoch: Epoch,
     /// The last entry of the log that changed the overrides of this entry's organization.
     overrides_seq: Arc<AtomicI64>,
 }
@@ -45,6 +45,24 @@ pub struct Cache {
     /// The last entry of the log that changed everything.
     everything_seq: AtomicI64,
     stripes: Box<[Mutex<Stripe>]>,
+    pub invalidations: Invalidations,
+}
+
+/// What was made invalid since the start, by cause.
+#[derive(Default)]
+pub struct Invalidations {
+    /// Changed memberships, and the entries that they removed.
+    pub memberships: AtomicU64,
+    pub membership_entries: AtomicU64,
+    /// Users who came to be, or ceased to be, named by an override; and the entries that this removed.
+    pub named_users: AtomicU64,
+    pub named_user_entries: AtomicU64,
+    /// Changed overrides. Each ends all entries of its organization, which are found out when they are asked for.
+    pub overrides: AtomicU64,
+    /// Changes of everything: the catalog, the ladder, or more than can be named.
+    pub everything: AtomicU64,
+    /// Histories begun after the first: each ends all entries.
+    pub epochs: AtomicU64,
 }
 
 /// What the feed has told of the organizations that share a lock.
@@ -80,6 +98,7 @@ impl Cache {
             epoch: AtomicU64::new(0),
             everything_seq: AtomicI64::new(0),
             stripes: std::iter::repeat_with(closed).take(STRIPES).collect(),
+            invalidations: Invalidations::default(),
         }
     }
 
@@ -128,25 +147,46 @@ impl Cache {
 
     /// Makes everything invalid that entry `seq` of the log changes.
     pub fn apply(&self, seq: i64, change: &Change) {
+        let causes = &self.invalidations;
         match change {
-            Change::Everything => self.everything_seq.store(seq, Ordering::Release),
+            Change::Everything => {
+                self.everything_seq.store(seq, Ordering::Release);
+                count(&causes.everything, true);
+            }
             Change::Organization(organization) => {
                 let mut stripe = self.stripe(*organization);
                 stripe
                     .record(*organization, seq)
                     .store(seq, Ordering::Release);
+                count(&causes.overrides, true);
             }
-            Change::Subject(subject) => {
-                let mut stripe = self.stripe(subject.organization);
-                // The change first, then the removal, both under the lock: see `insert`.
-                stripe.record(subject.organization, seq);
-                self.entries.invalidate(subject);
+            Change::Membership(subject) => {
+                count(&causes.memberships, true);
+                count(&causes.membership_entries, self.remove(seq, subject));
+            }
+            Change::NamedUser(subject) => {
+                count(&causes.named_users, true);
+                count(&causes.named_user_entries, self.remove(seq, subject));
             }
         }
     }
 
+    /// Removes a subject that entry `seq` of the log changes; says whether there was an entry.
+    fn remove(&self, seq: i64, subject: &Subject) -> bool {
+        let mut stripe = self.stripe(subject.organization);
+        // The change first, then the removal, both under the lock: see `insert`.
+        stripe.record(subject.organization, seq);
+        self.entries.remove(subject).is_some()
+    }
+
+    /// Removes a subject's entry, whose decisions turned out to be wrong.
+    pub fn forget(&self, subject: &Subject) {
+        let _stripe = self.stripe(subject.organization);
+        self.entries.invalidate(subject);
+    }
+
     /// Forgets everything, and takes loads whose head is at or after `head` from here on.
-    pub fn begin_epoch(&self, head: Position) {
+    pub fn begin_epoch(&self, head: Position) -> Epoch {
         // Closed to loads before anything is forgotten, and open again only in the new epoch: an entry must not point
         // to changes that are forgotten.
         for stripe in &self.stripes {
@@ -154,19 +194,26 @@ impl Cache {
             stripe.changes.clear();
             stripe.floor = i64::MAX;
         }
-        self.epoch.fetch_add(1, Ordering::AcqRel);
+        let before = self.epoch.fetch_add(1, Ordering::AcqRel);
+        count(&self.invalidations.epochs, before > 0);
         self.everything_seq.store(0, Ordering::Release);
         for stripe in &self.stripes {
             let mut stripe = lock(stripe);
             stripe.changes.clear();
             stripe.floor = head.seq;
         }
+        Epoch(before + 1)
     }
 
     fn stripe(&self, organization: OrganizationId) -> MutexGuard<'_, Stripe> {
         let low_bytes = organization.0.as_u64_pair().1 ^ organization.0.as_u64_pair().0;
         lock(&self.stripes[usize::try_from(low_bytes % STRIPES as u64).unwrap_or(0)])
     }
+}
+
+/// Counters order nothing, so the weakest order will do.
+fn count(counter: &AtomicU64, holds: bool) {
+    counter.fetch_add(u64::from(holds), Ordering::Relaxed);
 }
 
 /// A thread that panicked while it held a stripe left it whole: each step under the lock is complete in itself.

@@ -3,16 +3,19 @@
 //! Invariant: nothing here decides. PostgreSQL did; this remembers, and refuses rather than answer from what is older
 //! than the bound. Freshness is tested against the instant at which the request arrived.
 
+mod position;
+
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use tokio::{sync::Semaphore, time::timeout};
+use thiserror::Error;
+use tokio::sync::Semaphore;
 
 use crate::{
     cache::{Cache, Entry},
     feed::Progress,
     loader::{Join, Load, LoadError, Loader},
     model::{BootTime, Position, Reason, Subject, SubjectPermissions},
-    store::{POOL_SIZE, Store, StoreError, load::Explanation},
+    store::{Store, StoreError, load::Explanation, pool::Connection},
 };
 
 /// How fresh an answer must be.
@@ -20,8 +23,23 @@ use crate::{
 pub enum Freshness {
     /// From the cache while its staleness is within the service's bound, else from the database.
     MinimizeLatency,
+    /// As `MinimizeLatency`, within this bound instead.
+    MaxStaleness(Duration),
+    /// As `MinimizeLatency`, with every commit up to this position.
+    AtLeastAsFresh(Position),
     /// From a database snapshot that began after the request arrived.
     FullyConsistent,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, Error)]
+pub enum CheckError {
+    /// The database had to be asked, and could not be.
+    #[error(transparent)]
+    NotLoaded(#[from] LoadError),
+    /// The position that the answer must be as fresh as is none of this database's history.
+    #[error("`{0}` is no position of this database's history")]
+    UnknownPosition(Position),
 }
 
 /// Where an answer came from.
@@ -83,14 +101,9 @@ pub struct Checker {
     pub loader: Loader,
     pub store: Arc<Store>,
     pub staleness_bound: Duration,
-    reads: Arc<Semaphore>,
+    /// Questions to the database about positions: see `position.rs`.
+    position_turns: Arc<Semaphore>,
 }
-
-/// Explained checks, lists and counts at once: people ask for them, and half of the pool is left to misses.
-const READS_MAX: usize = POOL_SIZE / 2;
-
-/// How long one of these waits for its turn.
-const READ_WAIT_MAX: Duration = Duration::from_secs(1);
 
 impl Checker {
     #[must_use]
@@ -107,7 +120,7 @@ impl Checker {
             loader,
             store,
             staleness_bound,
-            reads: Arc::new(Semaphore::new(READS_MAX)),
+            position_turns: Arc::new(Semaphore::new(position::QUESTIONS_MAX)),
         }
     }
 
@@ -120,15 +133,15 @@ impl Checker {
         subject: Subject,
         freshness: Freshness,
         arrived: BootTime,
-    ) -> Result<Known, LoadError> {
+    ) -> Result<Known, CheckError> {
+        if let Freshness::AtLeastAsFresh(position) = freshness {
+            self.reach(position, arrived).await?;
+        }
         if let Some(known) = self.remember(&subject, freshness, arrived) {
             return Ok(known);
         }
-        let load = self
-            .loader
-            .load(vec![subject], self.join(freshness, arrived))
-            .await?;
-        from_load(&load, &subject, arrived).ok_or(LoadError::Unavailable)
+        let load = self.load(vec![subject], freshness, arrived).await?;
+        from_load(&load, &subject, arrived)
     }
 
     /// As [`Checker::know`] for many subjects, in their order, with at most one round trip. What is cached is
@@ -138,7 +151,12 @@ impl Checker {
         subjects: &[Subject],
         freshness: Freshness,
         arrived: BootTime,
-    ) -> Vec<Result<Known, LoadError>> {
+    ) -> Vec<Result<Known, CheckError>> {
+        if let Freshness::AtLeastAsFresh(position) = freshness
+            && let Err(error) = self.reach(position, arrived).await
+        {
+            return subjects.iter().map(|_| Err(error.clone())).collect();
+        }
         let remembered: Vec<Option<Known>> = subjects
             .iter()
             .map(|subject| self.remember(subject, freshness, arrived))
@@ -149,10 +167,9 @@ impl Checker {
             .filter_map(|(subject, known)| known.is_none().then_some(*subject))
             .collect();
         let load = if missing.is_empty() {
-            Err(LoadError::Unavailable)
+            Err(LoadError::Unavailable.into())
         } else {
-            self.loader
-                .load(missing.into_iter().collect(), self.join(freshness, arrived))
+            self.load(missing.into_iter().collect(), freshness, arrived)
                 .await
         };
         remembered
@@ -160,7 +177,7 @@ impl Checker {
             .zip(subjects)
             .map(|(known, subject)| match (known, &load) {
                 (Some(known), _) => Ok(known),
-                (None, Ok(load)) => from_load(load, subject, arrived).ok_or(LoadError::Unavailable),
+                (None, Ok(load)) => from_load(load, subject, arrived),
                 (None, Err(error)) => Err(error.clone()),
             })
             .collect()
@@ -169,16 +186,17 @@ impl Checker {
     /// One decision and the facts behind it, read from the database together.
     ///
     /// # Errors
-    /// When the database cannot be asked.
+    /// As [`Checker::read`].
     pub async fn explain(
         &self,
         subject: Subject,
         permission: &str,
+        freshness: Freshness,
         arrived: BootTime,
-    ) -> Result<(Explanation, Evidence), LoadError> {
-        let (store, permission) = (Arc::clone(&self.store), permission.to_owned());
-        self.read(arrived, async move {
-            let explanation = store.explain(subject, &permission).await?;
+    ) -> Result<(Explanation, Evidence), CheckError> {
+        let permission = permission.to_owned();
+        self.read(freshness, arrived, async move |connection: Connection| {
+            let explanation = connection.explain(subject, &permission).await?;
             Ok((explanation.head, explanation))
         })
         .await
@@ -187,33 +205,29 @@ impl Checker {
     /// What the cache does not hold, read from the database; the query says the head of its snapshot.
     ///
     /// # Errors
-    /// When the database cannot be asked, or too many reads are under way.
-    pub async fn read<T: Send + 'static>(
+    /// When the database cannot be asked, or too many reads are under way, or the position is foreign.
+    pub async fn read<T, Answer>(
         &self,
+        freshness: Freshness,
         arrived: BootTime,
-        query: impl Future<Output = Result<(Position, T), StoreError>> + Send + 'static,
-    ) -> Result<(T, Evidence), LoadError> {
-        let turn = timeout(READ_WAIT_MAX, Arc::clone(&self.reads).acquire_owned());
-        let Ok(Ok(turn)) = turn.await else {
-            return Err(LoadError::Overloaded);
-        };
+        query: impl FnOnce(Connection) -> Answer,
+    ) -> Result<(T, Evidence), CheckError>
+    where
+        T: Send + 'static,
+        Answer: Future<Output = Result<(Position, T), StoreError>> + Send + 'static,
+    {
+        let connection = self.store.reads.acquire().await.map_err(unanswered)?;
         let sent_at = BootTime::now();
-        // A task of its own: a caller who goes away must not leave a connection with half a question. The turn ends
-        // with the question, not with the caller.
-        let asked = tokio::spawn(async move {
-            let answer = query.await;
-            drop(turn);
-            answer
-        });
+        // A task of its own: a caller who goes away must not leave a connection with half a question.
+        let asked = tokio::spawn(query(connection));
         let (head, answer) = match asked.await {
-            Ok(Ok(read)) => read,
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "a question has no answer");
-                return Err(LoadError::Unavailable);
-            }
-            Err(_panic) => return Err(LoadError::Unavailable),
+            Ok(read) => read.map_err(unanswered)?,
+            Err(_panic) => return Err(LoadError::Unavailable.into()),
         };
         self.progress.observe(head);
+        if let Freshness::AtLeastAsFresh(position) = freshness {
+            self.vouch(position, head).await?;
+        }
         Ok((answer, from_database(head, sent_at, arrived)))
     }
 
@@ -224,16 +238,27 @@ impl Checker {
         freshness: Freshness,
         arrived: BootTime,
     ) -> Option<Known> {
-        if freshness == Freshness::FullyConsistent {
-            return None;
-        }
+        let staleness_max = match freshness {
+            Freshness::MinimizeLatency | Freshness::AtLeastAsFresh(_) => self.staleness_bound,
+            Freshness::MaxStaleness(max) => max,
+            Freshness::FullyConsistent => return None,
+        };
         // The lease, then the entry: what the lease says was applied has been applied to the entry too.
         let lease = self.progress.lease()?;
         let staleness = arrived.since(lease.sent_at);
-        if staleness > self.staleness_bound {
+        if staleness > staleness_max {
+            return None;
+        }
+        if let Freshness::AtLeastAsFresh(position) = freshness
+            && !self.progress.has_applied(position, &lease)
+        {
             return None;
         }
         let entry = self.cache.get(subject)?;
+        // The history may have become another since the lease was read.
+        if entry.epoch != lease.epoch {
+            return None;
+        }
         let evidence = Evidence {
             position: entry.head.max(lease.applied),
             source: Source::Cache,
@@ -242,17 +267,40 @@ impl Checker {
         Some(Known { entry, evidence })
     }
 
-    fn join(&self, freshness: Freshness, arrived: BootTime) -> Join {
-        match freshness {
+    /// What the database says, in a statement that is as fresh as asked.
+    async fn load(
+        &self,
+        subjects: Vec<Subject>,
+        freshness: Freshness,
+        arrived: BootTime,
+    ) -> Result<Arc<Load>, CheckError> {
+        let join = match freshness {
             Freshness::MinimizeLatency => Join::SentSince(arrived.before(self.staleness_bound)),
+            Freshness::MaxStaleness(max) => Join::SentSince(arrived.before(max)),
+            // Whatever the caller has seen committed is in a snapshot that begins from now on.
+            Freshness::AtLeastAsFresh(_) => Join::SentSince(arrived),
             Freshness::FullyConsistent => Join::None,
+        };
+        let load = self.loader.load(subjects, join).await?;
+        if let Freshness::AtLeastAsFresh(position) = freshness {
+            self.vouch(position, load.head).await?;
         }
+        Ok(load)
     }
 }
 
-fn from_load(load: &Load, subject: &Subject, arrived: BootTime) -> Option<Known> {
-    Some(Known {
-        entry: Arc::clone(load.entries.get(subject)?),
+/// The database's error is for the log alone.
+fn unanswered(error: StoreError) -> CheckError {
+    if !matches!(error, StoreError::Busy) {
+        tracing::warn!(%error, "a question has no answer");
+    }
+    LoadError::from(error).into()
+}
+
+fn from_load(load: &Load, subject: &Subject, arrived: BootTime) -> Result<Known, CheckError> {
+    let entry = load.entries.get(subject).ok_or(LoadError::Unavailable)?;
+    Ok(Known {
+        entry: Arc::clone(entry),
         evidence: from_database(load.head, load.sent_at, arrived),
     })
 }

@@ -13,6 +13,9 @@ pub const DEFAULT_DATA_DIR: &str = ".hallpass";
 /// Ten polls of the log may be lost before answers come from the database instead.
 const DEFAULT_STALENESS_BOUND: &str = "2s";
 
+/// As long as a failover by hand takes, and as a revocation may at the very worst go unheard.
+const DEFAULT_STALENESS_CEILING: &str = "5m";
+
 /// A large district a hundred times over.
 const DEFAULT_CACHE_CAPACITY: u64 = 1_000_000;
 
@@ -48,6 +51,10 @@ pub struct ServeSettings {
     #[arg(long, env = "HALLPASS_STALENESS_BOUND", default_value = DEFAULT_STALENESS_BOUND, value_parser = parse_duration)]
     pub staleness_bound: Duration,
 
+    /// The most that callers may ask for as max_staleness, to be answered through an outage of the database
+    #[arg(long, env = "HALLPASS_STALENESS_CEILING", default_value = DEFAULT_STALENESS_CEILING, value_parser = parse_duration)]
+    pub staleness_ceiling: Duration,
+
     /// Users remembered at most, each counted once an organization
     #[arg(long, env = "HALLPASS_CACHE_CAPACITY", default_value_t = DEFAULT_CACHE_CAPACITY)]
     pub cache_capacity: u64,
@@ -67,6 +74,22 @@ pub struct ServeSettings {
     /// After SIGTERM, say NOT_SERVING for this long before turning callers away
     #[arg(long, env = "HALLPASS_LAME_DUCK", default_value = DEFAULT_LAME_DUCK, value_parser = parse_duration)]
     pub lame_duck: Duration,
+}
+
+impl ServeSettings {
+    /// What must hold of the settings together.
+    ///
+    /// # Errors
+    /// Says what does not.
+    pub fn check(&self) -> Result<(), String> {
+        if self.staleness_ceiling < self.staleness_bound {
+            return Err(format!(
+                "--staleness-ceiling ({:?}) must not be less than --staleness-bound ({:?})",
+                self.staleness_ceiling, self.staleness_bound
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// Which database a command works on.

@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Mutex, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicI64, Ordering},
     },
     time::Duration,
@@ -13,14 +13,18 @@ use std::{
 
 use arc_swap::{ArcSwapOption, Guard};
 use std::sync::Arc;
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
 
 use crate::{
-    cache::Cache,
+    cache::{Cache, Epoch},
+    history::{History, Standing},
     model::{BootTime, Position},
     store::{
         DatabaseUrl, StoreError,
-        log::{Cursor, LogReader},
+        log::{Cursor, LogReader, Page},
     },
 };
 
@@ -30,7 +34,11 @@ pub const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// Rows a page: some hundred kilobytes.
 const PAGE_ROWS: i64 = 1_000;
 
-/// A page that takes longer has met a dead connection: the database's own limit on it is shorter.
+/// A connection that is silent for this long may be dead: another one is asked the same. Within the default bound on
+/// staleness, so that a dead connection costs no answer from the cache.
+const SILENCE_MAX: Duration = Duration::from_secs(1);
+
+/// A page that takes longer has met a dead network: the database's own limit on it is shorter.
 const PAGE_WAIT_MAX: Duration = Duration::from_secs(6);
 
 /// Waits between attempts to connect: doubled from the first to the last.
@@ -43,6 +51,8 @@ const RETRY_LAST: Duration = Duration::from_secs(3);
 pub struct Lease {
     pub applied: Position,
     pub sent_at: BootTime,
+    /// The history that `applied` is of.
+    pub epoch: Epoch,
 }
 
 /// How far this process has followed the log, as others see it.
@@ -51,8 +61,12 @@ pub struct Progress {
     lease: ArcSwapOption<Lease>,
     /// A lease that has not applied this entry is not to be believed; `i64::MAX` while the log itself is not.
     believed_from: AtomicI64,
+    /// Leases from after this make the log one that is not believed, because nobody has inspected it for too long.
+    inspection_due: Mutex<Option<BootTime>>,
     /// The greatest position that any load or page has seen.
     seen: Mutex<Position>,
+    renewed: Notify,
+    pub history: History,
 }
 
 impl Progress {
@@ -75,27 +89,58 @@ impl Progress {
         self.believed_from.store(i64::MAX, Ordering::Release);
     }
 
-    /// Believes leases that have applied this entry.
-    pub fn believe_from(&self, seq: i64) {
+    /// Believes leases that have applied this entry and are not from after `due`, when there must have been another
+    /// inspection. A lease from before is as good as it was: while the database is away nobody can inspect it, and
+    /// nothing is added to what the lease says.
+    pub fn believe_from(&self, seq: i64, due: BootTime) {
+        // Under the lock: a lease that is found overdue just now must not undo this.
+        let mut inspection_due = lock(&self.inspection_due);
+        *inspection_due = Some(due);
         self.believed_from.store(seq, Ordering::Release);
+    }
+
+    /// Whether the lease's answers include what was committed up to this position, as far as is known here.
+    #[must_use]
+    pub fn has_applied(&self, position: Position, lease: &Lease) -> bool {
+        position.seq <= lease.applied.seq
+            && self.history.recall(position, lease.epoch) == Standing::Holds
+    }
+
+    /// Returns when a lease has applied an entry of this number, or a later one.
+    pub async fn applied(&self, seq: i64) {
+        loop {
+            let mut renewed = std::pin::pin!(self.renewed.notified());
+            // Listens before it looks.
+            renewed.as_mut().enable();
+            if self.lease().is_some_and(|lease| lease.applied.seq >= seq) {
+                return;
+            }
+            renewed.await;
+        }
     }
 
     /// Takes note of a position that is in the database's history.
     pub fn observe(&self, position: Position) {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = lock(&self.seen);
         if position.seq > seen.seq {
             *seen = position;
         }
     }
 
     fn seen(&self) -> Position {
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.seen)
     }
 
     /// Puts a newer lease in the place of the present one.
     pub fn renew(&self, lease: Lease) {
         self.observe(lease.applied);
+        let inspection_due = lock(&self.inspection_due);
+        if inspection_due.is_some_and(|due| lease.sent_at > due) {
+            self.disbelieve_log();
+        }
+        drop(inspection_due);
         self.lease.store(Some(Arc::new(lease)));
+        self.renewed.notify_waiters();
     }
 
     /// Starts over at `head`, of a history that need not be the one before; `believed_from` is what it was before the
@@ -114,8 +159,13 @@ impl Progress {
                 Ordering::Acquire,
             );
         }
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = head;
+        *lock(&self.seen) = head;
     }
+}
+
+/// What is locked here is replaced as a whole: a thread that panicked left it so.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Follows the log until it is dropped, through every loss of the connection.
@@ -160,20 +210,20 @@ impl Feed {
         &mut self,
         url: &DatabaseUrl,
     ) -> Result<std::convert::Infallible, StoreError> {
-        let log = within(LogReader::open(url)).await?;
+        let mut log = within(LogReader::open(url)).await?;
         loop {
             let Some(cursor) = self.cursor else {
                 self.start_at_head(&log).await?;
                 continue;
             };
-            let sent_at = BootTime::now();
             let seen = self.progress.seen();
-            let page = within(log.page(cursor, seen, PAGE_ROWS)).await?;
+            let (page, sent_at) = within(read_page(&mut log, url, cursor, seen)).await?;
             if !page.history_holds {
                 tracing::error!(lost = %seen, "the log's history changed: starting over at its head");
                 self.cursor = None;
                 continue;
             }
+            self.progress.history.extend(&page.entries);
             for (seq, change) in &page.changes {
                 self.cache.apply(*seq, change);
             }
@@ -184,6 +234,7 @@ impl Feed {
             self.progress.renew(Lease {
                 applied: page.next.applied,
                 sent_at,
+                epoch: self.cache.epoch(),
             });
             if !self.is_up {
                 tracing::info!(position = %page.next.applied, "following the log again");
@@ -198,11 +249,46 @@ impl Feed {
         let believed_from = self.progress.believed_from.load(Ordering::Acquire);
         let head = within(log.head()).await?;
         self.progress.restart(head, believed_from);
-        self.cache.begin_epoch(head);
+        let epoch = self.cache.begin_epoch(head);
+        self.progress.history.begin(epoch, head);
         self.cursor = Some(Cursor::after(head));
         tracing::info!(position = %head, "following the log");
         Ok(())
     }
+}
+
+/// The page after `cursor`, and the instant before it was asked for. When the connection is silent another one is opened
+/// and asked too; whichever answers is followed from then on.
+async fn read_page(
+    log: &mut LogReader,
+    url: &DatabaseUrl,
+    cursor: Cursor,
+    seen: Position,
+) -> Result<(Page, BootTime), StoreError> {
+    let (other, page, sent_at) = {
+        let sent_at = BootTime::now();
+        let mut first = std::pin::pin!(log.page(cursor, seen, PAGE_ROWS));
+        if let Ok(page) = timeout(SILENCE_MAX, &mut first).await {
+            return Ok((page?, sent_at));
+        }
+        let second = async {
+            let log = LogReader::open(url).await?;
+            let sent_at = BootTime::now();
+            let page = log.page(cursor, seen, PAGE_ROWS).await?;
+            Ok::<_, StoreError>((log, page, sent_at))
+        };
+        tokio::select! {
+            page = &mut first => return Ok((page?, sent_at)),
+            second = second => match second {
+                Ok(second) => second,
+                // The first may still answer.
+                Err(_) => return Ok((first.await?, sent_at)),
+            },
+        }
+    };
+    tracing::warn!("the log's connection was silent for {SILENCE_MAX:?}: following another one");
+    *log = other;
+    Ok((page, sent_at))
 }
 
 async fn within<T>(read: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {

@@ -5,7 +5,7 @@
 //! 1. [`model`]: the words as types: subject, reason, position, catalog.
 //! 2. [`check`]: the hot path. An answer comes from the cache if the lease allows it, else from the database.
 //! 3. [`cache`]: what is remembered, and the rule that says when it may still be believed.
-//! 4. [`feed`]: follows the log, drops what changed, renews the lease.
+//! 4. [`feed`]: follows the log, drops what changed, renews the lease; [`history`]: which positions are of that log.
 //! 5. [`loader`]: turns misses into few statements.
 //! 6. [`store`]: the SQL, each a const above its caller, and the migrations. The decision itself is a view in
 //!    `migrations/0004_decisions.sql`; the log is `0002_log.sql` and `0003_record_changes.sql`.
@@ -22,6 +22,7 @@ pub mod config;
 pub mod embedded;
 pub mod feed;
 pub mod grpc;
+pub mod history;
 pub mod loader;
 pub mod model;
 pub mod server;

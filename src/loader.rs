@@ -21,11 +21,11 @@ use crate::{
     cache::{Cache, Entry},
     feed::Progress,
     model::{BootTime, Position, Subject},
-    store::{POOL_SIZE, Store, StoreError, load::ReadFrom},
+    store::{MISS_CONNECTIONS_MAX, Store, StoreError, load::ReadFrom},
 };
 
 /// Statements on their way at once: one a connection.
-const FLIGHTS_MAX: usize = POOL_SIZE;
+const FLIGHTS_MAX: usize = MISS_CONNECTIONS_MAX;
 
 /// Requests that wait for a statement, on their way to the loader's task, or for one flight.
 const QUEUE_MAX: usize = 4_096;
@@ -53,6 +53,18 @@ pub enum LoadError {
     /// Too many requests wait already.
     #[error("too many requests wait for the database")]
     Overloaded,
+}
+
+impl From<StoreError> for LoadError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Busy => Self::Overloaded,
+            StoreError::Unavailable(_)
+            | StoreError::Refused(_)
+            | StoreError::Standby
+            | StoreError::Wrong(_) => Self::Unavailable,
+        }
+    }
 }
 
 /// Which statements may answer a request.
@@ -281,7 +293,7 @@ impl Task {
             }
         }
         self.report(&loaded);
-        let result = loaded.map(Arc::new).map_err(|_| LoadError::Unavailable);
+        let result = loaded.map(Arc::new).map_err(Into::into);
         for waiter in flight.waiters {
             // A caller who is gone needs no answer.
             let _ = waiter.send(result.clone());

@@ -3,9 +3,10 @@
 //! Invariant: no IO and no async here, and no decision either: PostgreSQL decides in `effective_user_permissions`,
 //! these types remember.
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt, str::FromStr, sync::Arc, time::Duration};
 
 use rustix::time::{ClockId, clock_gettime};
+use thiserror::Error;
 use uuid::Uuid;
 
 /// An organization's id.
@@ -55,7 +56,7 @@ impl Reason {
 }
 
 /// How far a reader is in the log: an entry's number and its random uid. Printed `812-5f0c9ae1`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Position {
     pub seq: i64,
     pub uid: u32,
@@ -64,6 +65,38 @@ pub struct Position {
 impl Position {
     /// The position before the first change.
     pub const ZERO: Self = Self { seq: 0, uid: 0 };
+}
+
+impl FromStr for Position {
+    type Err = PositionError;
+
+    /// Reads what [`Position`] prints, and nothing else but space around it and capitals in the uid.
+    fn from_str(text: &str) -> Result<Self, PositionError> {
+        let (seq, uid) = text.trim().split_once('-').ok_or(PositionError::Form)?;
+        if (seq, uid) == ("0", "0") {
+            return Ok(Self::ZERO);
+        }
+        // The parsers would take a sign too.
+        let is_number = seq.bytes().all(|c| c.is_ascii_digit()) && !seq.starts_with('0');
+        let seq = seq.parse().ok().filter(|_| is_number);
+        let is_hex = uid.len() == 8 && uid.bytes().all(|c| c.is_ascii_hexdigit());
+        let uid = u32::from_str_radix(uid, 16).ok().filter(|_| is_hex);
+        Ok(Self {
+            seq: seq.ok_or(PositionError::Seq)?,
+            uid: uid.ok_or(PositionError::Uid)?,
+        })
+    }
+}
+
+/// Why a text is no position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum PositionError {
+    #[error("has no `-` between seq and uid")]
+    Form,
+    #[error("must begin with the number of an entry")]
+    Seq,
+    #[error("must end with the entry's uid, 8 hexadecimal digits")]
+    Uid,
 }
 
 impl fmt::Display for Position {
@@ -78,8 +111,10 @@ impl fmt::Display for Position {
 /// What an entry of the log changes, as far as cached decisions go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// One user's membership of one organization, or that user's mention in an override.
-    Subject(Subject),
+    /// One user's membership of one organization.
+    Membership(Subject),
+    /// One user's mention in an override of one organization.
+    NamedUser(Subject),
     /// The overrides of one organization.
     Organization(OrganizationId),
     /// The catalog, the ladder, or more than can be named.
@@ -109,6 +144,12 @@ impl BootTime {
     #[must_use]
     pub fn before(self, duration: Duration) -> Self {
         Self(self.0.saturating_sub(duration))
+    }
+
+    /// The instant this long after.
+    #[must_use]
+    pub fn after(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(duration))
     }
 
     /// The time from `earlier` to `self`; zero when `earlier` is the later one.
@@ -211,5 +252,51 @@ mod tests {
         assert_eq!(position.to_string(), "812-5f0c9ae1");
         assert_eq!(Position { seq: 1, uid: 0xab }.to_string(), "1-000000ab");
         assert_eq!(Position::ZERO.to_string(), "0-0");
+    }
+
+    #[test]
+    fn positions_survive_copy_and_paste_and_nothing_else_passes() {
+        let position = Ok(Position {
+            seq: 812,
+            uid: 0x5f0c_9ae1,
+        });
+        let zero = Ok(Position::ZERO);
+        let (form, seq, uid) = (
+            Err(PositionError::Form),
+            Err(PositionError::Seq),
+            Err(PositionError::Uid),
+        );
+        let cases = [
+            ("812-5f0c9ae1", position),
+            (" \t812-5F0C9AE1\r\n", position),
+            ("0-0", zero),
+            (" 0-0 ", zero),
+            ("", form),
+            ("812", form),
+            ("812 5f0c9ae1", form),
+            ("-5f0c9ae1", seq),
+            ("+812-5f0c9ae1", seq),
+            ("-812-5f0c9ae1", seq),
+            ("0812-5f0c9ae1", seq),
+            ("0-5f0c9ae1", seq),
+            ("0-00000000", seq),
+            ("81 2-5f0c9ae1", seq),
+            ("8.1-5f0c9ae1", seq),
+            ("9223372036854775808-5f0c9ae1", seq),
+            ("812-", uid),
+            ("812-5f0c9ae", uid),
+            ("812-5f0c9ae10", uid),
+            ("812-+f0c9ae1", uid),
+            ("812-5f0c9aeg", uid),
+            ("812- 5f0c9ae", uid),
+            ("812-5f0c9ae1.20", uid),
+            ("812-0", uid),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(text.parse::<Position>(), expected, "{text:?}");
+        }
+        for position in [position, zero].map(Result::unwrap) {
+            assert_eq!(position.to_string().parse(), Ok(position));
+        }
     }
 }

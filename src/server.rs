@@ -40,7 +40,11 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Config {
     pub database: DatabaseUrl,
+    /// Where the log is followed: `database`, or the same one without what stands between.
+    pub feed_database: DatabaseUrl,
     pub staleness_bound: Duration,
+    /// The most that a caller may ask for as `max_staleness`; not less than `staleness_bound`.
+    pub staleness_ceiling: Duration,
     pub cache_capacity: u64,
     pub warm_up_max: Duration,
     pub matrix_refresh_interval: Duration,
@@ -144,6 +148,7 @@ pub async fn run(
         .add_service(
             v1::permission_service_server::PermissionServiceServer::new(PermissionService::new(
                 Arc::clone(&checker),
+                config.staleness_ceiling,
             ))
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
@@ -238,15 +243,15 @@ async fn report(health: &HealthReporter, status: ServingStatus) {
     health.set_service_status(SERVICE, status).await;
 }
 
-/// Returns when the schema is current and the pool is filled.
+/// Returns when the schema is current and the pools are filled.
 async fn prepare(config: &Config, store: &Store) -> Result<(), ServeError> {
     wait_for_schema(&config.database).await?;
     let mut said = String::new();
     loop {
-        match store.fill_pool().await {
+        match store.fill_pools().await {
             Ok(()) => return Ok(()),
             Err(StoreError::Refused(error)) => return Err(StoreError::Refused(error).into()),
-            Err(error) => say_once(&mut said, format!("the pool is not filled yet: {error}")),
+            Err(error) => say_once(&mut said, format!("the pools are not filled yet: {error}")),
         }
         sleep(START_RETRY).await;
     }
@@ -272,7 +277,7 @@ fn spawn_background(
         has_inspected,
     ));
     background.spawn(feed::follow(
-        config.database.clone(),
+        config.feed_database.clone(),
         Arc::clone(&checker.cache),
         Arc::clone(&checker.progress),
     ));

@@ -65,7 +65,6 @@ pub async fn inspect(
         progress,
         inspected,
         known_problems: Vec::new(),
-        last_inspection: BootTime::now(),
         said: String::new(),
     };
     loop {
@@ -80,7 +79,6 @@ struct Inspector {
     progress: Arc<Progress>,
     inspected: watch::Sender<bool>,
     known_problems: Vec<String>,
-    last_inspection: BootTime,
     /// The failure that was logged last.
     said: String,
 }
@@ -95,21 +93,21 @@ impl Inspector {
             let inspection = timeout(INSPECTION_WAIT_MAX, connection.inspect())
                 .await
                 .map_err(|_| StoreError::Unavailable("no inspection in time".to_owned()))??;
-            self.last_inspection = BootTime::now();
             self.said.clear();
-            self.take(inspection);
+            self.take(inspection, BootTime::now());
             self.inspected.send_replace(true);
             connection.clear_pending().await?;
             sleep(self.interval).await;
         }
     }
 
-    fn take(&mut self, inspection: Inspection) {
+    fn take(&mut self, inspection: Inspection, at: BootTime) {
         if inspection.problems.is_empty() {
             if !self.known_problems.is_empty() {
                 tracing::info!("the log is complete again");
             }
-            self.progress.believe_from(inspection.head_seq);
+            let due = at.after(INSPECTIONS_MISSED_MAX * self.interval.max(RETRY));
+            self.progress.believe_from(inspection.head_seq, due);
         } else {
             self.progress.disbelieve_log();
             if inspection.problems != self.known_problems {
@@ -121,11 +119,10 @@ impl Inspector {
         self.known_problems = inspection.problems;
     }
 
-    /// A database that is away changes nothing unseen; an inspection that fails, or that is overdue, may miss it.
+    /// A database that is away changes nothing unseen; an inspection that fails may miss it. One that is overdue is
+    /// noticed when a lease is renewed without it.
     fn failed(&mut self, error: &StoreError) {
-        let overdue = BootTime::now().since(self.last_inspection)
-            > INSPECTIONS_MISSED_MAX * self.interval.max(RETRY);
-        if overdue || !matches!(error, StoreError::Unavailable(_)) {
+        if !matches!(error, StoreError::Unavailable(_)) {
             self.progress.disbelieve_log();
         }
         let error = error.to_string();

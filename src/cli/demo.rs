@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, pin::pin, process::ExitCode};
 
-use anyhow::Context;
+use anyhow::{Context, Error};
 use uuid::Uuid;
 
 use super::{
@@ -39,6 +39,7 @@ pub(super) struct Demo {
 impl Demo {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let mut interrupted = pin!(interrupted()?);
+        self.settings.check().map_err(Error::msg)?;
         let listener = bind(&self.settings.grpc_listen).await?;
         let private = DatabaseSettings {
             database_url: None,
@@ -61,6 +62,7 @@ impl Demo {
         let guide = guide(&address, &database, &sample);
         serve(
             database,
+            None,
             &self.settings,
             listener,
             move || println!("{guide}"),

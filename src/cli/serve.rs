@@ -9,16 +9,17 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, Error, anyhow, ensure};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::{database::Database, interrupted};
 use crate::{
     config::{
         DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, MAINTENANCE_INTERVAL,
-        ServeSettings,
+        Secret, ServeSettings,
     },
     server::{self, Config, Listener},
+    store::DatabaseUrl,
 };
 
 /// Serve permission checks until interrupted
@@ -27,6 +28,15 @@ pub(super) struct Serve {
     #[command(flatten)]
     database: DatabaseSettings,
 
+    /// The same database without a pooler between, for LISTEN; as --database-url where that is direct
+    #[arg(
+        long,
+        env = "HALLPASS_FEED_DATABASE_URL",
+        hide_env_values = true,
+        requires = "database_url"
+    )]
+    feed_database_url: Option<Secret>,
+
     #[command(flatten)]
     settings: ServeSettings,
 }
@@ -34,13 +44,26 @@ pub(super) struct Serve {
 impl Serve {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let mut interrupted = pin!(interrupted()?);
+        self.settings.check().map_err(Error::msg)?;
+        let feed_database = self.feed_database_url.map(|url| url.0.parse());
+        let feed_database = feed_database
+            .transpose()
+            .map_err(|error: String| anyhow!("--feed-database-url: {error}"))?;
         // A port that is taken is the commonest mistake: found before a database is started.
         let listener = bind(&self.settings.grpc_listen).await?;
         let database = tokio::select! {
             database = Database::open_migrated(&self.database) => database?,
             () = &mut interrupted => return Ok(ExitCode::SUCCESS),
         };
-        serve(database, &self.settings, listener, || (), interrupted).await
+        serve(
+            database,
+            feed_database,
+            &self.settings,
+            listener,
+            || (),
+            interrupted,
+        )
+        .await
     }
 }
 
@@ -48,6 +71,7 @@ impl Serve {
 /// there is one.
 pub(super) async fn serve(
     database: Database,
+    feed_database: Option<DatabaseUrl>,
     settings: &ServeSettings,
     listener: Listener,
     on_ready: impl FnOnce(),
@@ -55,7 +79,9 @@ pub(super) async fn serve(
 ) -> anyhow::Result<ExitCode> {
     let config = Config {
         database: database.url.clone(),
+        feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
         staleness_bound: settings.staleness_bound,
+        staleness_ceiling: settings.staleness_ceiling,
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,

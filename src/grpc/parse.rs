@@ -1,6 +1,8 @@
 //! Requests parsed: ids, keys, freshness, pages. Each function adds what is wrong to a list, so that a caller hears of
 //! every wrong field at once.
 
+use std::time::Duration;
+
 use tonic::Status;
 use tonic_types::FieldViolation;
 use uuid::Uuid;
@@ -8,7 +10,7 @@ use uuid::Uuid;
 use super::{status, v1};
 use crate::{
     check::Freshness,
-    model::{OrganizationId, Subject, UserId},
+    model::{OrganizationId, Position, Subject, UserId},
     store::lists::PageBounds,
 };
 
@@ -109,22 +111,40 @@ pub(super) fn check_key(
     }
 }
 
-/// The mode asked for. A mode that is in the contract but not served is an error of its own kind.
+/// The mode asked for; `staleness_ceiling` is the most that `max_staleness` may be.
 pub(super) fn freshness(
     wrong: &mut Vec<FieldViolation>,
     consistency: Option<v1::Consistency>,
-) -> Result<Freshness, Status> {
+    staleness_ceiling: Duration,
+) -> Freshness {
     use v1::consistency::Requirement;
     let Some(consistency) = consistency else {
-        return Ok(Freshness::MinimizeLatency);
+        return Freshness::MinimizeLatency;
     };
     match consistency.requirement {
         Some(Requirement::MinimizeLatency(true)) => {}
-        Some(Requirement::FullyConsistent(true)) => return Ok(Freshness::FullyConsistent),
-        Some(Requirement::MaxStaleness(_)) => return Err(status::not_served("max_staleness")),
-        Some(Requirement::AtLeastAsFresh(_)) => {
-            return Err(status::not_served("at_least_as_fresh"));
-        }
+        Some(Requirement::FullyConsistent(true)) => return Freshness::FullyConsistent,
+        Some(Requirement::MaxStaleness(max)) => match duration(max) {
+            Some(max) if max <= staleness_ceiling => return Freshness::MaxStaleness(max),
+            _ => violation(
+                wrong,
+                "consistency.max_staleness",
+                format!("must be from 0 to {staleness_ceiling:?}, this server's ceiling"),
+            ),
+        },
+        Some(Requirement::AtLeastAsFresh(text)) => match text.parse() {
+            // Every answer is.
+            Ok(Position::ZERO) => {}
+            Ok(position) => return Freshness::AtLeastAsFresh(position),
+            Err(error) => violation(
+                wrong,
+                "consistency.at_least_as_fresh",
+                format!(
+                    "{error}: not a position such as `812-5f0c9ae1`: `{}`",
+                    shown(&text)
+                ),
+            ),
+        },
         Some(Requirement::MinimizeLatency(false)) => {
             violation(
                 wrong,
@@ -145,7 +165,15 @@ pub(super) fn freshness(
             "holds no requirement that this server knows",
         ),
     }
-    Ok(Freshness::MinimizeLatency)
+    Freshness::MinimizeLatency
+}
+
+/// A duration in the form that protobuf gives it, which no other value has.
+fn duration(value: prost_types::Duration) -> Option<Duration> {
+    let nanos = u32::try_from(value.nanos)
+        .ok()
+        .filter(|nanos| *nanos < 1_000_000_000)?;
+    Some(Duration::new(u64::try_from(value.seconds).ok()?, nanos))
 }
 
 pub(super) fn parse_item(

@@ -1,8 +1,9 @@
 //! `hallpass.v1.PermissionService`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tonic::{Request, Response, Status};
+use tonic_types::FieldViolation;
 
 use super::{parse, parse::PagedQuery, status, v1};
 use crate::{
@@ -15,6 +16,7 @@ use crate::{
     store::{
         lists::OrganizationSummary,
         load::{Explanation, ReadFrom},
+        pool::Connection,
     },
 };
 
@@ -27,12 +29,25 @@ const DETAILED_ITEMS_MAX: usize = 1_000;
 /// Serves checks.
 pub struct PermissionService {
     checker: Arc<Checker>,
+    /// The most that a caller may ask for as `max_staleness`.
+    staleness_ceiling: Duration,
 }
 
 impl PermissionService {
     #[must_use]
-    pub fn new(checker: Arc<Checker>) -> Self {
-        Self { checker }
+    pub fn new(checker: Arc<Checker>, staleness_ceiling: Duration) -> Self {
+        Self {
+            checker,
+            staleness_ceiling,
+        }
+    }
+
+    fn freshness(
+        &self,
+        wrong: &mut Vec<FieldViolation>,
+        consistency: Option<v1::Consistency>,
+    ) -> Freshness {
+        parse::freshness(wrong, consistency, self.staleness_ceiling)
     }
 }
 
@@ -47,14 +62,14 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         let mut wrong = Vec::new();
         let subject = parse::subject(&mut wrong, "", &request.organization_id, &request.user_id);
         parse::check_key(&mut wrong, format_args!("permission"), &request.permission);
-        let freshness = parse::freshness(&mut wrong, request.consistency)?;
+        let freshness = self.freshness(&mut wrong, request.consistency);
         let (Some(subject), true) = (subject, wrong.is_empty()) else {
             return Err(status::invalid(wrong));
         };
         if request.explain {
             let (explanation, evidence) = self
                 .checker
-                .explain(subject, &request.permission, arrived)
+                .explain(subject, &request.permission, freshness, arrived)
                 .await?;
             return Ok(Response::new(explained_response(explanation, evidence)));
         }
@@ -83,7 +98,7 @@ impl v1::permission_service_server::PermissionService for PermissionService {
                 format!("must be 1 to {BATCH_ITEMS_MAX} items, not {found}"),
             );
         }
-        let freshness = parse::freshness(&mut wrong, request.consistency)?;
+        let freshness = self.freshness(&mut wrong, request.consistency);
         if !wrong.is_empty() {
             return Err(status::invalid(wrong));
         }
@@ -110,7 +125,7 @@ impl v1::permission_service_server::PermissionService for PermissionService {
             let answer = match parsed {
                 Ok(_) => known
                     .next()
-                    .unwrap_or(Err(LoadError::Unavailable))
+                    .unwrap_or(Err(LoadError::Unavailable.into()))
                     .map_err(|error| {
                         failure = Some(error.clone());
                         error.into()
@@ -152,7 +167,7 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         if !request.module.is_empty() {
             parse::check_key(&mut wrong, format_args!("module"), &request.module);
         }
-        let freshness = parse::freshness(&mut wrong, request.consistency)?;
+        let freshness = self.freshness(&mut wrong, request.consistency);
         let (Some(subject), true) = (subject, wrong.is_empty()) else {
             return Err(status::invalid(wrong));
         };
@@ -189,20 +204,19 @@ impl v1::permission_service_server::PermissionService for PermissionService {
             &request.page_token,
             query.as_ref(),
         );
-        // Either mode reads the database.
-        parse::freshness(&mut wrong, request.consistency)?;
+        let freshness = self.freshness(&mut wrong, request.consistency);
         let (Some(organization), Some(query), true) = (organization, query, wrong.is_empty())
         else {
             return Err(status::invalid(wrong));
         };
-        let (store, permission) = (Arc::clone(&self.checker.store), request.permission.clone());
-        let list = async move {
-            let page = store
+        let permission = request.permission.clone();
+        let list = async move |connection: Connection| {
+            let page = connection
                 .permission_holders(organization, &permission, bounds)
                 .await?;
             Ok((page.head, page))
         };
-        let (page, evidence) = self.checker.read(arrived, list).await?;
+        let (page, evidence) = self.checker.read(freshness, arrived, list).await?;
         let holders = page.rows.into_iter().map(|holder| v1::PermissionHolder {
             user_id: holder.user.0.to_string(),
             role: holder.role,
@@ -234,17 +248,15 @@ impl v1::permission_service_server::PermissionService for PermissionService {
             &request.page_token,
             query.as_ref(),
         );
-        // Either mode reads the database.
-        parse::freshness(&mut wrong, request.consistency)?;
+        let freshness = self.freshness(&mut wrong, request.consistency);
         let (Some(user), Some(query), true) = (user, query, wrong.is_empty()) else {
             return Err(status::invalid(wrong));
         };
-        let store = Arc::clone(&self.checker.store);
-        let list = async move {
-            let page = store.user_organizations(user, bounds).await?;
+        let list = async move |connection: Connection| {
+            let page = connection.user_organizations(user, bounds).await?;
             Ok((page.head, page))
         };
-        let (page, evidence) = self.checker.read(arrived, list).await?;
+        let (page, evidence) = self.checker.read(freshness, arrived, list).await?;
         let organizations = page.rows.into_iter().map(|row| v1::UserOrganization {
             organization_id: row.organization.0.to_string(),
             role: row.role,
@@ -264,20 +276,20 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         let request = request.into_inner();
         let mut wrong = Vec::new();
         let organization = parse::organization(&mut wrong, &request.organization_id);
-        let freshness = parse::freshness(&mut wrong, request.consistency)?;
+        let freshness = self.freshness(&mut wrong, request.consistency);
         let (Some(organization), true) = (organization, wrong.is_empty()) else {
             return Err(status::invalid(wrong));
         };
         // What must be fresh is counted, whatever the log says of the summary.
         let from = match freshness {
-            Freshness::MinimizeLatency if self.checker.progress.log_is_believed() => {
-                ReadFrom::MatrixOrView
-            }
-            _ => ReadFrom::View,
+            Freshness::FullyConsistent => ReadFrom::View,
+            _ if !self.checker.progress.log_is_believed() => ReadFrom::View,
+            _ => ReadFrom::MatrixOrView,
         };
-        let store = Arc::clone(&self.checker.store);
-        let read = async move { store.organization_summary(organization, from).await };
-        let (summary, evidence) = self.checker.read(arrived, read).await?;
+        let read = async move |connection: Connection| {
+            connection.organization_summary(organization, from).await
+        };
+        let (summary, evidence) = self.checker.read(freshness, arrived, read).await?;
         let summary = summary.ok_or_else(|| status::organization_not_found(organization))?;
         Ok(Response::new(v1::GetOrganizationSummaryResponse {
             summary: Some(summary_message(organization, summary)),

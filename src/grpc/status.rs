@@ -6,7 +6,11 @@ use prost::Message;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt, pb};
 
-use crate::{loader::LoadError, model::OrganizationId};
+use crate::{
+    check::CheckError,
+    loader::LoadError,
+    model::{OrganizationId, Position},
+};
 
 const DOMAIN: &str = "hallpass";
 
@@ -28,16 +32,6 @@ pub(super) fn invalid(violations: Vec<FieldViolation>) -> Status {
     Status::with_error_details(Code::InvalidArgument, message, details)
 }
 
-/// This mode of consistency is in the contract but not served.
-pub(super) fn not_served(mode: &str) -> Status {
-    let details = ErrorDetails::with_error_info("CONSISTENCY_NOT_SERVED", DOMAIN, HashMap::new());
-    Status::with_error_details(
-        Code::Unimplemented,
-        format!("consistency.{mode} is not served yet; use minimize_latency or fully_consistent"),
-        details,
-    )
-}
-
 /// There is no such organization.
 pub(super) fn organization_not_found(organization: OrganizationId) -> Status {
     let details = ErrorDetails::with_error_info("ORGANIZATION_NOT_FOUND", DOMAIN, HashMap::new());
@@ -48,18 +42,36 @@ pub(super) fn organization_not_found(organization: OrganizationId) -> Status {
     )
 }
 
-impl From<LoadError> for Status {
-    fn from(error: LoadError) -> Self {
-        let (code, reason, retry) = match error {
-            LoadError::Unavailable => {
-                (Code::Unavailable, "DATABASE_UNAVAILABLE", RETRY_UNAVAILABLE)
-            }
-            LoadError::Overloaded => (Code::ResourceExhausted, "OVERLOADED", RETRY_OVERLOADED),
-        };
-        let mut details = ErrorDetails::with_retry_info(Some(retry));
-        details.set_error_info(reason, DOMAIN, HashMap::new());
-        Self::with_error_details(code, error.to_string(), details)
+impl From<CheckError> for Status {
+    fn from(error: CheckError) -> Self {
+        match error {
+            CheckError::NotLoaded(error) => not_loaded(&error),
+            CheckError::UnknownPosition(position) => unknown_position(position),
+        }
     }
+}
+
+fn not_loaded(error: &LoadError) -> Status {
+    let (code, reason, retry) = match error {
+        LoadError::Unavailable => (Code::Unavailable, "DATABASE_UNAVAILABLE", RETRY_UNAVAILABLE),
+        LoadError::Overloaded => (Code::ResourceExhausted, "OVERLOADED", RETRY_OVERLOADED),
+    };
+    let mut details = ErrorDetails::with_retry_info(Some(retry));
+    details.set_error_info(reason, DOMAIN, HashMap::new());
+    Status::with_error_details(code, error.to_string(), details)
+}
+
+/// The position was never given out by this database, or was lost: no answer can be known to include it.
+fn unknown_position(position: Position) -> Status {
+    let field = "consistency.at_least_as_fresh";
+    let description = format!(
+        "`{position}` is not in this database's history: it is another database's, or its commit was lost when \
+         the database failed over or was restored; ask without it, with fully_consistent"
+    );
+    let message = format!("{field}: {description}");
+    let mut details = ErrorDetails::with_bad_request_violation(field, description);
+    details.set_error_info("POSITION_UNKNOWN", DOMAIN, HashMap::new());
+    Status::with_error_details(Code::InvalidArgument, message, details)
 }
 
 /// A status as a message, for an item of a batch.

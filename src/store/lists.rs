@@ -8,8 +8,9 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use super::{
-    Store, StoreError,
+    StoreError,
     load::{ReadFrom, decode_head, decode_reason, refuse_standby},
+    pool::Connection,
 };
 use crate::model::{OrganizationId, Position, Reason, UserId};
 
@@ -73,13 +74,13 @@ SELECT head_seq, head_uid, in_recovery, org_id, org_name,
        committee_lead_permissions, volunteer_permissions, last_permission_update
 FROM hallpass.organization_summary($1, $2)";
 
-impl Store {
+impl Connection {
     /// The members who hold a permission, by user; nobody holds an unknown one.
     ///
     /// # Errors
     /// When the database is away, a standby, or answers what it must not.
     pub async fn permission_holders(
-        &self,
+        self,
         organization: OrganizationId,
         permission: &str,
         bounds: PageBounds,
@@ -103,9 +104,9 @@ impl Store {
     /// A user's memberships, by organization.
     ///
     /// # Errors
-    /// As [`Store::permission_holders`].
+    /// As [`Connection::permission_holders`].
     pub async fn user_organizations(
-        &self,
+        self,
         user: UserId,
         bounds: PageBounds,
     ) -> Result<Page<UserOrganization>, StoreError> {
@@ -124,9 +125,9 @@ impl Store {
     /// An organization's counts and the head of their snapshot; `None` where there is no such organization.
     ///
     /// # Errors
-    /// As [`Store::permission_holders`].
+    /// As [`Connection::permission_holders`].
     pub async fn organization_summary(
-        &self,
+        self,
         organization: OrganizationId,
         from: ReadFrom,
     ) -> Result<(Position, Option<OrganizationSummary>), StoreError> {

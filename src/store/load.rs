@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, pool::Connection};
 use crate::model::{
     Catalog, DecidedPermission, Membership, OrganizationId, PermissionTemplate, Position, Reason,
     Subject, SubjectPermissions, UserId,
@@ -61,7 +61,8 @@ impl Store {
         let organizations: Vec<Uuid> = subjects.iter().map(|s| s.organization.0).collect();
         let users: Vec<Uuid> = subjects.iter().map(|s| s.user.0).collect();
         let believe_matrix = from == ReadFrom::MatrixOrView;
-        let rows = self
+        let connection = self.misses.acquire().await?;
+        let rows = connection
             .query(LOAD, &[&organizations, &users, &believe_matrix])
             .await?;
         let (header, members) = rows
@@ -84,44 +85,6 @@ impl Store {
         })
     }
 
-    /// Decides one permission and says why, from the live view.
-    ///
-    /// # Errors
-    /// As [`Store::load`].
-    pub async fn explain(
-        &self,
-        subject: Subject,
-        permission: &str,
-    ) -> Result<Explanation, StoreError> {
-        let rows = self
-            .query(
-                EXPLAIN,
-                &[&subject.organization.0, &subject.user.0, &permission],
-            )
-            .await?;
-        let row = rows
-            .first()
-            .ok_or_else(|| StoreError::Wrong("no row explains".to_owned()))?;
-        refuse_standby(row, 2)?;
-        let is_known: bool = row.try_get(3)?;
-        let is_member: bool = row.try_get(4)?;
-        let reason = match (is_known, is_member) {
-            (false, _) => Reason::UnknownPermission,
-            (true, false) => Reason::NotAMember,
-            (true, true) => decode_reason(row.try_get::<_, Option<&str>>(11)?.unwrap_or_default())?,
-        };
-        Ok(Explanation {
-            head: decode_head(row, 0)?,
-            reason,
-            role: row.try_get(5)?,
-            role_rank: row.try_get(6)?,
-            effective_min_role: row.try_get(7)?,
-            min_role_is_override: row.try_get(8)?,
-            enabled: row.try_get(9)?,
-            specific_user: row.try_get(10)?,
-        })
-    }
-
     /// The next members after `after`, in order of (organization, user); the nil ids come before all.
     ///
     /// # Errors
@@ -131,7 +94,8 @@ impl Store {
         after: Subject,
         count: i32,
     ) -> Result<Vec<Subject>, StoreError> {
-        let rows = self
+        let connection = self.misses.acquire().await?;
+        let rows = connection
             .query(
                 NEXT_MEMBERS,
                 &[&after.organization.0, &after.user.0, &count],
@@ -167,6 +131,46 @@ impl Store {
         let catalog = Arc::new(Catalog::new(permissions));
         self.catalog.store(Arc::clone(&catalog));
         Ok(catalog)
+    }
+}
+
+impl Connection {
+    /// Decides one permission and says why, from the live view.
+    ///
+    /// # Errors
+    /// As [`Store::load`].
+    pub async fn explain(
+        self,
+        subject: Subject,
+        permission: &str,
+    ) -> Result<Explanation, StoreError> {
+        let rows = self
+            .query(
+                EXPLAIN,
+                &[&subject.organization.0, &subject.user.0, &permission],
+            )
+            .await?;
+        let row = rows
+            .first()
+            .ok_or_else(|| StoreError::Wrong("no row explains".to_owned()))?;
+        refuse_standby(row, 2)?;
+        let is_known: bool = row.try_get(3)?;
+        let is_member: bool = row.try_get(4)?;
+        let reason = match (is_known, is_member) {
+            (false, _) => Reason::UnknownPermission,
+            (true, false) => Reason::NotAMember,
+            (true, true) => decode_reason(row.try_get::<_, Option<&str>>(11)?.unwrap_or_default())?,
+        };
+        Ok(Explanation {
+            head: decode_head(row, 0)?,
+            reason,
+            role: row.try_get(5)?,
+            role_rank: row.try_get(6)?,
+            effective_min_role: row.try_get(7)?,
+            min_role_is_override: row.try_get(8)?,
+            enabled: row.try_get(9)?,
+            specific_user: row.try_get(10)?,
+        })
     }
 }
 

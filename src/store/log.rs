@@ -7,7 +7,10 @@ use tokio_postgres::{AsyncMessage, Client, Row, Statement};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use super::{DatabaseUrl, StoreError, connect, describe, load};
+use super::{
+    DatabaseUrl, Store, StoreError, connect, describe,
+    load::{self, refuse_standby},
+};
 use crate::model::{Change, OrganizationId, Position, Subject, UserId};
 
 /// How long the database may work on one page. A page that takes longer is no use to anybody who waits for it.
@@ -38,6 +41,8 @@ impl Cursor {
 
 /// The next rows of the log.
 pub struct Page {
+    /// The entries that begin in this page, in order.
+    pub entries: Vec<Position>,
     /// The changes, each with the number of its entry, in order.
     pub changes: Vec<(i64, Change)>,
     /// Where the next page begins.
@@ -94,6 +99,54 @@ const READ_HEAD: &str = "
 SELECT pg_is_in_recovery(), h.seq, h.uid
 FROM (VALUES (1)) one
 LEFT JOIN LATERAL (SELECT seq, uid FROM hallpass.log ORDER BY seq DESC LIMIT 1) h ON true";
+
+const FIND_POSITIONS: &str = "
+SELECT pg_is_in_recovery(),
+       EXISTS (SELECT FROM hallpass.log WHERE seq = $1 AND uid = $2::integer)
+       OR coalesce($1 < (SELECT min(seq) FROM hallpass.log), false),
+       $3::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $3 AND uid = $4::integer)";
+
+/// Which of two positions are in a database's history.
+#[derive(Clone, Copy, Debug)]
+pub struct FoundPositions {
+    pub has_asked: bool,
+    pub has_end: bool,
+}
+
+impl Store {
+    /// Whether `asked`, and the later position `end`, are in this database's history.
+    ///
+    /// A position that is older than the log reaches back counts as in it: nobody can tell, and every answer is newer.
+    ///
+    /// # Errors
+    /// When the database is away or a standby.
+    pub async fn find_positions(
+        &self,
+        asked: Position,
+        end: Position,
+    ) -> Result<FoundPositions, StoreError> {
+        let connection = self.misses.acquire().await?;
+        let rows = connection
+            .query(
+                FIND_POSITIONS,
+                &[
+                    &asked.seq,
+                    &asked.uid.cast_signed(),
+                    &end.seq,
+                    &end.uid.cast_signed(),
+                ],
+            )
+            .await?;
+        let row = rows
+            .first()
+            .ok_or_else(|| StoreError::Wrong("no row finds a position".to_owned()))?;
+        refuse_standby(row, 0)?;
+        Ok(FoundPositions {
+            has_asked: row.try_get(1)?,
+            has_end: row.try_get(2)?,
+        })
+    }
+}
 
 /// A connection that listens to the log and reads it.
 pub struct LogReader {
@@ -181,6 +234,7 @@ impl LogReader {
             .ok_or_else(|| StoreError::Wrong("a page without a row".to_owned()))?;
         load::refuse_standby(first, 0)?;
         let mut page = Page {
+            entries: Vec::new(),
             changes: Vec::with_capacity(rows.len()),
             next: cursor,
             full: rows.len() >= usize::try_from(rows_max).unwrap_or(usize::MAX),
@@ -208,6 +262,9 @@ fn read_row(row: &Row, page: &mut Page) -> Result<(), StoreError> {
     let is_new = seq > page.next.entry.seq;
     page.next.entry = load::decode_head(row, 2)?;
     page.next.row = n.unwrap_or(Cursor::WHOLE);
+    if is_new {
+        page.entries.push(page.next.entry);
+    }
     let touches_everything = row.try_get::<_, Option<bool>>(4)?.unwrap_or(false);
     if touches_everything || (n.is_none() && is_new) {
         page.changes.push((seq, Change::Everything));
@@ -218,12 +275,16 @@ fn read_row(row: &Row, page: &mut Page) -> Result<(), StoreError> {
     };
     let affected: Option<Uuid> = row.try_get(7)?;
     let mentioned: Option<Vec<Uuid>> = row.try_get(8)?;
-    match affected.map(|user| vec![user]).or(mentioned) {
-        Some(users) => page.changes.extend(users.into_iter().map(|user| {
-            let user = UserId(user);
-            (seq, Change::Subject(Subject { organization, user }))
-        })),
-        None => page.changes.push((seq, Change::Organization(organization))),
+    let subject = |user| Subject {
+        organization,
+        user: UserId(user),
+    };
+    match (affected, mentioned) {
+        (Some(user), _) => page.changes.push((seq, Change::Membership(subject(user)))),
+        (None, Some(users)) => page
+            .changes
+            .extend((users.into_iter()).map(|user| (seq, Change::NamedUser(subject(user))))),
+        (None, None) => page.changes.push((seq, Change::Organization(organization))),
     }
     Ok(())
 }

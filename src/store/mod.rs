@@ -9,24 +9,23 @@ pub mod lists;
 pub mod load;
 pub mod log;
 pub mod migrations;
+pub mod pool;
 pub mod upkeep;
 
 use std::{str::FromStr, time::Duration};
 
 use arc_swap::ArcSwap;
-use deadpool_postgres::{
-    Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
-};
 use thiserror::Error;
 use tokio::time::timeout;
 use tokio_postgres::{
-    Client, Config, Connection, NoTls, Row, Socket,
+    Client, Config, Connection, NoTls, Socket,
     config::{SslMode, TargetSessionAttrs},
     error::SqlState,
     tls::NoTlsStream,
-    types::ToSql,
 };
 use tokio_util::task::AbortOnDropHandle;
+
+use self::pool::Connections;
 
 /// How long a connection attempt may take. Longer than a handshake across regions, shorter than a caller waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -43,6 +42,9 @@ pub enum StoreError {
     /// It cannot be reached, or did not answer in time: try again later.
     #[error("database unavailable: {0}")]
     Unavailable(String),
+    /// Every connection to it is taken: try again in a moment.
+    #[error("every connection to the database is taken")]
+    Busy,
     /// It will not have us (credentials, no such database): trying again does not help.
     #[error("database refuses the connection: {0}")]
     Refused(String),
@@ -199,23 +201,21 @@ async fn connect(config: &Config) -> Result<(Client, Connection<Socket, NoTlsStr
 }
 
 /// Connections that answer misses. More would not help: a load is CPU of the database, and misses share statements.
-pub const POOL_SIZE: usize = 8;
+pub const MISS_CONNECTIONS_MAX: usize = 8;
 
-/// How long a miss waits for a connection of the pool.
-const POOL_WAIT_MAX: Duration = Duration::from_secs(2);
+/// Connections that answer what people ask for: explained checks, lists and counts. Few, and none of them a miss's.
+pub const READ_CONNECTIONS_MAX: usize = 4;
 
 /// How long the database may work on one load.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long to wait for an answer: a database that is stopped or cut off does not keep its own limit.
-const ANSWER_WAIT_MAX: Duration = Duration::from_secs(6);
-
 /// A database that takes longer to say which it is does not answer checks either.
 const PING_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// The database as the data path sees it: a pool of connections with a limit on every statement.
+/// The database as the data path sees it: pools of connections with a limit on every statement.
 pub struct Store {
-    pool: Pool,
+    misses: Connections,
+    pub reads: Connections,
     /// The catalog that was decoded last, shared by all entries while it does not change.
     catalog: ArcSwap<crate::model::Catalog>,
 }
@@ -226,37 +226,21 @@ impl Store {
     /// # Errors
     /// Never with the settings that this function makes; a defect otherwise.
     pub fn new(url: &DatabaseUrl) -> Result<Self, StoreError> {
-        let manager = Manager::from_config(
-            url.with_statement_timeout(Some(LOAD_TIMEOUT)),
-            NoTls,
-            ManagerConfig {
-                recycling_method: RecyclingMethod::Fast,
-            },
-        );
-        let pool = Pool::builder(manager)
-            .max_size(POOL_SIZE)
-            .wait_timeout(Some(POOL_WAIT_MAX))
-            .create_timeout(Some(CONNECT_TIMEOUT))
-            .recycle_timeout(Some(CONNECT_TIMEOUT))
-            .runtime(Runtime::Tokio1)
-            .build()
-            .map_err(|error| StoreError::Wrong(error.to_string()))?;
+        let config = url.with_statement_timeout(Some(LOAD_TIMEOUT));
         Ok(Self {
-            pool,
+            misses: Connections::new(config.clone(), MISS_CONNECTIONS_MAX)?,
+            reads: Connections::new(config, READ_CONNECTIONS_MAX)?,
             catalog: ArcSwap::default(),
         })
     }
 
-    /// Opens every connection of the pool, so that the first misses need not.
+    /// Opens every connection of the pools, so that the first questions need not.
     ///
     /// # Errors
     /// When one cannot be opened.
-    pub async fn fill_pool(&self) -> Result<(), StoreError> {
-        let mut held = Vec::with_capacity(POOL_SIZE);
-        for _ in 0..POOL_SIZE {
-            held.push(self.pool.get().await?);
-        }
-        Ok(())
+    pub async fn fill_pools(&self) -> Result<(), StoreError> {
+        self.misses.fill().await?;
+        self.reads.fill().await
     }
 
     /// Asks the database whether it is the primary.
@@ -264,55 +248,11 @@ impl Store {
     /// # Errors
     /// When it is not, or does not answer.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        let rows = self
+        let connection = self.misses.acquire().await?;
+        let rows = connection
             .query_within(PING_WAIT_MAX, "SELECT pg_is_in_recovery()", &[])
             .await?;
         rows.first()
             .map_or(Ok(()), |row| load::refuse_standby(row, 0))
-    }
-
-    /// Runs one prepared statement on a connection of the pool.
-    ///
-    /// A connection that does not answer in time is closed, not put back: whoever took it next would wait behind the
-    /// same question. So this must not be dropped half-way: its callers are tasks of their own.
-    async fn query(
-        &self,
-        sql: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, StoreError> {
-        self.query_within(ANSWER_WAIT_MAX, sql, parameters).await
-    }
-
-    async fn query_within(
-        &self,
-        wait_max: Duration,
-        sql: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, StoreError> {
-        let connection = self.pool.get().await?;
-        let answer = timeout(wait_max, async {
-            let statement = connection.prepare_cached(sql).await?;
-            connection.query(&statement, parameters).await
-        })
-        .await;
-        let Ok(rows) = answer else {
-            drop(Object::take(connection));
-            return Err(StoreError::Unavailable(format!(
-                "no answer within {wait_max:?}"
-            )));
-        };
-        Ok(rows?)
-    }
-}
-
-impl From<PoolError> for StoreError {
-    fn from(error: PoolError) -> Self {
-        match error {
-            PoolError::Backend(error) => error.into(),
-            PoolError::Timeout(_) => {
-                Self::Unavailable(format!("no connection within {POOL_WAIT_MAX:?}"))
-            }
-            other => Self::Unavailable(other.to_string()),
-        }
     }
 }

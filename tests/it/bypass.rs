@@ -178,7 +178,7 @@ async fn the_matrix_is_refreshed_in_the_background_and_believed_again() {
 }
 
 /// Undoes every commit after `kept` as a failover to a standby that lacked them does, in one transaction with `then`.
-async fn fail_over(client: &Client, kept: i64, undo: &str, then: &str) {
+pub(crate) async fn fail_over(client: &Client, kept: i64, undo: &str, then: &str) {
     let (disable, enable) = BYPASSES[1];
     // setval's third argument: whether the number has been given out.
     let lose = format!(

@@ -31,6 +31,7 @@ mod names;
 mod operations;
 mod oracle;
 mod outage;
+mod positions;
 mod privileges;
 mod property;
 mod proxy;

@@ -68,12 +68,12 @@ fn a_load_older_than_a_change_is_not_remembered() {
     let asked = subject(1, 1);
     let (same_organization, elsewhere) = (subject(1, 2), subject(2, 1));
     let cases = [
-        (Change::Subject(asked), false),
+        (Change::Membership(asked), false),
         // A load of the organization that is older than any change of it is not taken: the next one will be.
-        (Change::Subject(same_organization), false),
+        (Change::Membership(same_organization), false),
         (Change::Organization(asked.organization), false),
         (Change::Everything, false),
-        (Change::Subject(elsewhere), true),
+        (Change::Membership(elsewhere), true),
         (Change::Organization(elsewhere.organization), true),
     ];
     for (change, remembered) in cases {
@@ -92,7 +92,7 @@ fn a_load_older_than_a_change_is_not_remembered() {
 fn a_change_ends_exactly_the_entries_it_touches() {
     let (asked, neighbour, elsewhere) = (subject(1, 1), subject(1, 2), subject(2, 1));
     let cases = [
-        (Change::Subject(asked), [false, true, true]),
+        (Change::Membership(asked), [false, true, true]),
         (
             Change::Organization(asked.organization),
             [false, false, true],
@@ -146,7 +146,7 @@ fn a_forgotten_organization_still_refuses_loads_older_than_its_change() {
     let organizations = 5_000;
     for index in 0..organizations {
         let seq = START + 1 + i64::try_from(index).unwrap();
-        cache.apply(seq, &Change::Subject(subject(index, 1)));
+        cache.apply(seq, &Change::Membership(subject(index, 1)));
     }
     let first_change = START + 1;
     let asked = subject(0, 1);
@@ -184,7 +184,7 @@ fn no_load_slips_past_a_removal_under_stress() {
         scope.spawn(|| {
             for seq in START + 1..=START + CHANGES {
                 committed.store(seq, Ordering::Release);
-                cache.apply(seq, &Change::Subject(asked));
+                cache.apply(seq, &Change::Membership(asked));
                 applied.store(seq, Ordering::Release);
                 look();
                 if stopped.load(Ordering::Acquire) {
@@ -257,10 +257,11 @@ fn no_answer_is_older_than_its_position_under_stress() {
                 let changed = (state >> 33) % SUBJECTS;
                 log.lock().unwrap().push(changed);
                 let seq = head();
-                cache.apply(seq, &Change::Subject(subject(1, changed)));
+                cache.apply(seq, &Change::Membership(subject(1, changed)));
                 progress.renew(Lease {
                     applied: at(seq),
                     sent_at: BootTime::now(),
+                    epoch: cache.epoch(),
                 });
             }
             stopped.store(true, Ordering::Release);

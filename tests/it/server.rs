@@ -9,6 +9,7 @@ use std::{
 use hallpass::{
     config,
     server::{self, Config, Listener, ServeError},
+    store::DatabaseUrl,
 };
 use hallpass_client::{
     tonic::{IntoRequest, Status, transport::Channel},
@@ -66,9 +67,12 @@ pub(crate) struct Answer {
 /// As the service has it by default, but for the waits that a test should not have; it logs in as it should, to the
 /// database that the superuser's URL names.
 pub(crate) fn config(url: &str) -> Config {
+    let database: DatabaseUrl = as_role(url, "hallpass_service").parse().unwrap();
     Config {
-        database: as_role(url, "hallpass_service").parse().unwrap(),
+        feed_database: database.clone(),
+        database,
         staleness_bound: Duration::from_secs(2),
+        staleness_ceiling: Duration::from_secs(300),
         cache_capacity: 100_000,
         warm_up_max: Duration::from_secs(10),
         matrix_refresh_interval: Duration::from_secs(30),

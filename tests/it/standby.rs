@@ -70,8 +70,11 @@ async fn what_a_standby_says_is_refused() {
         let loaded = store.load(&[somebody()], from).await;
         assert!(matches!(loaded, Err(StoreError::Standby)), "{from:?}");
     }
-    let explained = store.explain(somebody(), "can_view_budget").await;
+    let connection = store.reads.acquire().await.unwrap();
+    let explained = connection.explain(somebody(), "can_view_budget").await;
     assert!(matches!(explained, Err(StoreError::Standby)));
+    let found = store.find_positions(Position::ZERO, Position::ZERO).await;
+    assert!(matches!(found, Err(StoreError::Standby)));
     let log = LogReader::open(&url).await.unwrap();
     assert!(matches!(log.head().await, Err(StoreError::Standby)));
     let page = log.page(Cursor::after(Position::ZERO), Position::ZERO, 10);

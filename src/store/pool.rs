@@ -1,0 +1,130 @@
+//! Pools of connections: one for misses and one for everything that people ask for, so that neither can starve the other.
+//!
+//! Invariant: a connection in a pool has no question under way. One that does not answer in time is closed, and the
+//! database is told to give the question up, which it would otherwise go on working at.
+
+use std::time::Duration;
+
+use deadpool_postgres::{
+    Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
+};
+use tokio::time::timeout;
+use tokio_postgres::{Config, NoTls, Row, types::ToSql};
+
+use super::{CONNECT_TIMEOUT, StoreError};
+
+/// How long a question waits for a connection: longer than most statements take, shorter than a caller's patience.
+const ACQUIRE_WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// Questions that wait for a connection, of each pool. What would wait behind more would wait in vain.
+const WAITING_MAX: usize = 1_000;
+
+/// How long to wait for an answer: a database that is stopped or cut off does not keep its own limit.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(6);
+
+/// How long the database may take to hear that a question is given up; one that is cut off never hears.
+const CANCEL_WAIT_MAX: Duration = Duration::from_millis(500);
+
+/// A pool.
+pub struct Connections {
+    pool: Pool,
+    size: usize,
+}
+
+/// A connection of a pool, for one question.
+pub struct Connection(Object);
+
+impl Connections {
+    pub(super) fn new(config: Config, size: usize) -> Result<Self, StoreError> {
+        let manager = Manager::from_config(
+            config,
+            NoTls,
+            ManagerConfig {
+                recycling_method: RecyclingMethod::Fast,
+            },
+        );
+        let pool = Pool::builder(manager)
+            .max_size(size)
+            .wait_timeout(Some(ACQUIRE_WAIT_MAX))
+            .create_timeout(Some(CONNECT_TIMEOUT))
+            .recycle_timeout(Some(CONNECT_TIMEOUT))
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|error| StoreError::Wrong(error.to_string()))?;
+        Ok(Self { pool, size })
+    }
+
+    pub(super) async fn fill(&self) -> Result<(), StoreError> {
+        let mut held = Vec::with_capacity(self.size);
+        for _ in 0..self.size {
+            held.push(self.acquire().await?);
+        }
+        Ok(())
+    }
+
+    /// A connection, as soon as one is free.
+    ///
+    /// # Errors
+    /// When none is in time, or none can be opened.
+    pub async fn acquire(&self) -> Result<Connection, StoreError> {
+        if self.pool.status().waiting >= WAITING_MAX {
+            return Err(StoreError::Busy);
+        }
+        Ok(Connection(self.pool.get().await?))
+    }
+}
+
+impl Connection {
+    /// Runs one prepared statement.
+    ///
+    /// Must not be dropped half-way, or the connection goes back with half a question: its callers are tasks of their
+    /// own.
+    pub(super) async fn query(
+        self,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, StoreError> {
+        self.query_within(ANSWER_WAIT_MAX, sql, parameters).await
+    }
+
+    pub(super) async fn query_within(
+        self,
+        wait_max: Duration,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, StoreError> {
+        let Self(connection) = self;
+        let answer = timeout(wait_max, async {
+            let statement = connection.prepare_cached(sql).await?;
+            connection.query(&statement, parameters).await
+        })
+        .await;
+        let Ok(rows) = answer else {
+            // Out of the pool first: another one may be opened in its place.
+            let connection = Object::take(connection);
+            let cancelled = connection.cancel_token();
+            match timeout(CANCEL_WAIT_MAX, cancelled.cancel_query(NoTls)).await {
+                Ok(Ok(())) => {}
+                // It is cut off, and will notice when it writes its answer.
+                Ok(Err(_)) | Err(_) => tracing::debug!("a question could not be cancelled"),
+            }
+            return Err(StoreError::Unavailable(format!(
+                "no answer within {wait_max:?}"
+            )));
+        };
+        Ok(rows?)
+    }
+}
+
+impl From<PoolError> for StoreError {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::Backend(error) => error.into(),
+            PoolError::Timeout(TimeoutType::Wait) => Self::Busy,
+            PoolError::Timeout(_) => {
+                Self::Unavailable(format!("no connection within {CONNECT_TIMEOUT:?}"))
+            }
+            other => Self::Unavailable(other.to_string()),
+        }
+    }
+}

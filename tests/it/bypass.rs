@@ -238,6 +238,43 @@ async fn a_history_that_lost_commits_is_another() {
     }
 }
 
+/// While the feed is away loads go on, and see a position of the new history that is greater than any that was lost.
+#[tokio::test]
+async fn a_history_that_a_load_has_seen_first_is_another_all_the_same() {
+    const ADMIT: &str = "
+        DO $$ BEGIN EXECUTE format('ALTER DATABASE %I CONNECTION LIMIT limit_', current_database()); END $$";
+    const END_FEED: &str = "
+        SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND query LIKE '%page.everything%' AND pid <> pg_backend_pid()";
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let server = Server::start(config(&database.url)).await;
+    let kept = head(&client).await;
+    set_role(&client, "lincoln", "pat", "admin").await;
+    server.catch_up(&client).await;
+    while !server.check("lincoln", "pat", APPROVE).await.is_cached() {}
+
+    // Connections that are there stay; the feed's cannot come back.
+    let admit = async |limit: &str| {
+        let sql = ADMIT.replace("limit_", limit);
+        client.batch_execute(&sql).await.unwrap();
+    };
+    admit("0").await;
+    assert_eq!(client.query(END_FEED, &[]).await.unwrap().len(), 1);
+    let undo = "UPDATE public.profiles SET role = 'parent_member' WHERE user_id = :pat";
+    let then = "UPDATE public.profiles SET role = 'admin' WHERE user_id = :cam;
+                UPDATE public.profiles SET role = 'admin' WHERE user_id = :vic";
+    fail_over(&client, kept, undo, then).await;
+    let seen = server.check_now("lincoln", "cam", APPROVE).await;
+    assert_eq!(seen.seq(), kept + 2);
+    admit("-1").await;
+
+    server.catch_up(&client).await;
+    assert_all_right(&server, &client).await;
+    server.stop().await;
+}
+
 /// The lost commits reach back before the service's own inspection.
 #[tokio::test]
 async fn a_history_that_lost_what_the_inspection_saw_serves_from_the_cache_again() {

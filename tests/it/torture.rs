@@ -33,6 +33,7 @@ use tokio_postgres::{Client, NoTls};
 use crate::{
     database::{as_role, connect, read_world, write_world},
     history::{Micros, Position},
+    proxy::Way,
     roles::make_roles,
     support::directory_in_memory,
 };
@@ -99,21 +100,17 @@ impl Run {
 
 async fn start(directory: &Path) -> Arc<Run> {
     let postgres = block_in_place(|| Postgres::start(directory));
-    let url = postgres.url();
-    make_roles(&url, None).await.unwrap();
-    let migrator = as_role(&url, "hallpass_migrator");
-    migrate(&migrator.parse().unwrap(), |_| {}).await.unwrap();
+    let (url, service) = migrated(&postgres).await;
     let mut client = connect(&url).await;
     let world = world::first_world();
     let questions = Arc::new(Questions::new());
     write_world(&mut client, &world, &questions.names).await;
     let head = client.query_one("SELECT hallpass.head()", &[]).await;
     let head = readers::parse(head.unwrap().get(0));
-    let service = as_role(&url, "hallpass_service");
     let mut replicas = Vec::new();
     for number in 0..REPLICAS {
         let directory = directory.join(number.to_string());
-        replicas.push(Replica::start(&directory, &service, BOUND, number == 0).await);
+        replicas.push(Replica::start(&directory, &service, Way::Open, BOUND, number == 0).await);
     }
     let clock = Clock(Instant::now());
     let bound = Micros::try_from(BOUND.as_micros()).unwrap();
@@ -129,6 +126,16 @@ async fn start(directory: &Path) -> Arc<Run> {
         writing: RwLock::new(()),
         over: AtomicBool::new(false),
     })
+}
+
+/// Where the superuser and the service find a database that is ready for use.
+async fn migrated(postgres: &Postgres) -> (String, String) {
+    let url = postgres.url();
+    make_roles(&url, None).await.unwrap();
+    let migrator = as_role(&url, "hallpass_migrator");
+    migrate(&migrator.parse().unwrap(), |_| {}).await.unwrap();
+    let service = as_role(&url, "hallpass_service");
+    (url, service)
 }
 
 /// Reads the log into the book, and has the answers judged.

@@ -146,9 +146,15 @@ pub(super) struct Replica {
 
 impl Replica {
     /// `bound`: how stale its answers may be.
-    pub(super) async fn start(directory: &Path, url: &str, bound: Duration, fakes: bool) -> Self {
+    pub(super) async fn start(
+        directory: &Path,
+        url: &str,
+        way: Way,
+        bound: Duration,
+        fakes: bool,
+    ) -> Self {
         fs::create_dir_all(directory).unwrap();
-        let proxy = Proxy::to(url, Way::Open);
+        let proxy = Proxy::to(url, way);
         let clock = (fakes && Path::new(FAKETIME).exists()).then(|| directory.join("clock"));
         if let Some(clock) = &clock {
             fs::write(clock, "+0").unwrap();

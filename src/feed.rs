@@ -141,6 +141,16 @@ impl Progress {
         seen.push(if too_many { NOWHERE } else { position });
     }
 
+    /// Whether the cache has applied later entries than this one, and not this one: it is of another history.
+    #[must_use]
+    pub fn has_passed_without(&self, position: Position) -> bool {
+        let lease: Guard<Option<Arc<Lease>>> = self.lease.load();
+        lease.as_deref().is_some_and(|lease| {
+            position.seq <= lease.applied.seq
+                && self.history.recall(position, lease.epoch) != Standing::Holds
+        })
+    }
+
     fn seen(&self) -> Vec<Position> {
         lock(&self.seen).clone()
     }

@@ -238,14 +238,42 @@ async fn a_history_that_lost_commits_is_another() {
     }
 }
 
+/// While it lives, the feed of a test's services stays away from the database; their other connections stay.
+struct FeedAway<'a>(&'a Client);
+
+impl<'a> FeedAway<'a> {
+    async fn send(client: &'a Client) -> Self {
+        const END_FEED: &str = "
+            SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+            WHERE datname = current_database() AND query LIKE '%page.everything%' AND pid <> pg_backend_pid()";
+        let away = Self(client);
+        away.admit(0).await;
+        assert_eq!(client.query(END_FEED, &[]).await.unwrap().len(), 1);
+        away
+    }
+
+    async fn back(self) {
+        self.admit(-1).await;
+    }
+
+    /// The superuser comes in always.
+    async fn admit(&self, connections: i32) {
+        let admit = format!(
+            "DO $$ BEGIN
+                 EXECUTE format('ALTER DATABASE %I CONNECTION LIMIT {connections}', current_database());
+             END $$"
+        );
+        self.0.batch_execute(&admit).await.unwrap();
+    }
+}
+
+const UNDO_PAT: &str = "UPDATE public.profiles SET role = 'parent_member' WHERE user_id = :pat";
+const CAM_AND_VIC: &str = "UPDATE public.profiles SET role = 'admin' WHERE user_id = :cam;
+                           UPDATE public.profiles SET role = 'admin' WHERE user_id = :vic";
+
 /// While the feed is away loads go on, and see a position of the new history that is greater than any that was lost.
 #[tokio::test]
 async fn a_history_that_a_load_has_seen_first_is_another_all_the_same() {
-    const ADMIT: &str = "
-        DO $$ BEGIN EXECUTE format('ALTER DATABASE %I CONNECTION LIMIT limit_', current_database()); END $$";
-    const END_FEED: &str = "
-        SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-        WHERE datname = current_database() AND query LIKE '%page.everything%' AND pid <> pg_backend_pid()";
     let database = Database::create().await;
     let client = database.client().await;
     fill(&client).await;
@@ -255,23 +283,38 @@ async fn a_history_that_a_load_has_seen_first_is_another_all_the_same() {
     server.catch_up(&client).await;
     while !server.check("lincoln", "pat", APPROVE).await.is_cached() {}
 
-    // Connections that are there stay; the feed's cannot come back.
-    let admit = async |limit: &str| {
-        let sql = ADMIT.replace("limit_", limit);
-        client.batch_execute(&sql).await.unwrap();
-    };
-    admit("0").await;
-    assert_eq!(client.query(END_FEED, &[]).await.unwrap().len(), 1);
-    let undo = "UPDATE public.profiles SET role = 'parent_member' WHERE user_id = :pat";
-    let then = "UPDATE public.profiles SET role = 'admin' WHERE user_id = :cam;
-                UPDATE public.profiles SET role = 'admin' WHERE user_id = :vic";
-    fail_over(&client, kept, undo, then).await;
+    let away = FeedAway::send(&client).await;
+    fail_over(&client, kept, UNDO_PAT, CAM_AND_VIC).await;
     let seen = server.check_now("lincoln", "cam", APPROVE).await;
     assert_eq!(seen.seq(), kept + 2);
-    admit("-1").await;
+    away.back().await;
 
     server.catch_up(&client).await;
     assert_all_right(&server, &client).await;
+    server.stop().await;
+}
+
+/// What the cache would say of it has a position that this history never had.
+#[tokio::test]
+async fn what_a_load_finds_in_another_history_is_not_remembered() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let server = Server::start(config(&database.url)).await;
+    let kept = head(&client).await;
+    for role in ["admin", "volunteer", "admin"] {
+        set_role(&client, "lincoln", "pat", role).await;
+    }
+    server.catch_up(&client).await;
+
+    let away = FeedAway::send(&client).await;
+    fail_over(&client, kept, UNDO_PAT, CAM_AND_VIC).await;
+    for _ in 0..2 {
+        let found = server.check("franklin", "stranger", APPROVE).await;
+        assert_eq!(found.seq(), kept + 2, "{found}");
+        assert!(!found.is_cached());
+    }
+    away.back().await;
     server.stop().await;
 }
 

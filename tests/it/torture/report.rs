@@ -8,8 +8,8 @@ use std::{
 
 use crate::history::Wrong;
 
-/// Printed in full; the others are counted.
-const VIOLATIONS_PRINTED_MAX: usize = 5;
+/// Of each kind, printed in full; the others are counted.
+const VIOLATIONS_PRINTED_MAX: u64 = 2;
 
 /// Outside of faults so much is to be answered, and from the cache: refusing everything is not being right.
 const ANSWERED_MIN_PERCENT: f64 = 99.0;
@@ -68,8 +68,9 @@ impl Report {
     }
 
     pub(super) fn violation(&mut self, wrong: Wrong, text: impl FnOnce() -> String) {
-        *self.wrong.entry(wrong).or_default() += 1;
-        if self.violations.len() < VIOLATIONS_PRINTED_MAX {
+        let count = self.wrong.entry(wrong).or_default();
+        *count += 1;
+        if *count <= VIOLATIONS_PRINTED_MAX {
             self.violations.push(format!("{wrong:?}: {}", text()));
         }
     }

@@ -72,9 +72,14 @@ SELECT * FROM (VALUES
     ('admin', 4)
 ) ladder WHERE NOT EXISTS (SELECT FROM hallpass.adopted_table WHERE name = 'permission_roles');
 
-INSERT INTO public.organization_permission_templates
-    (module_name, permission_key, permission_name, default_min_role)
-SELECT * FROM (VALUES
+-- Not one statement with a condition: where the column is an enum of the application's, it would not even be planned.
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM hallpass.adopted_table WHERE name = 'organization_permission_templates') THEN
+        RETURN;
+    END IF;
+    INSERT INTO public.organization_permission_templates
+    (module_name, permission_key, permission_name, default_min_role) VALUES
     ('communications', 'can_view_messages', 'View Messages', 'volunteer'),
     ('communications', 'can_create_messages', 'Create Messages', 'committee_lead'),
     ('communications', 'can_edit_messages', 'Edit Messages', 'committee_lead'),
@@ -104,8 +109,8 @@ SELECT * FROM (VALUES
     ('user_management', 'can_view_users', 'View Users', 'committee_lead'),
     ('user_management', 'can_edit_user_roles', 'Edit User Roles', 'admin'),
     ('user_management', 'can_invite_users', 'Invite Users', 'board_member'),
-    ('user_management', 'can_remove_users', 'Remove Users', 'admin')
-) catalog WHERE NOT EXISTS (SELECT FROM hallpass.adopted_table WHERE name = 'organization_permission_templates');
+    ('user_management', 'can_remove_users', 'Remove Users', 'admin');
+END $$;
 
 -- Every statement of hallpass reads memberships here and nowhere else. Of the two shapes of profiles, one has the user in
 -- user_id; in the other a profile's id is the user, who then belongs to one organization at most.
@@ -132,6 +137,21 @@ CREATE TABLE hallpass.public_object (
     name text PRIMARY KEY,
     keeps_grants boolean NOT NULL DEFAULT false
 );
+
+-- The functions among them. The application may have others of the same names.
+CREATE FUNCTION hallpass.public_function(OUT name text, OUT signature text) RETURNS SETOF record
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN QUERY VALUES
+        ('user_has_org_permission', 'user_has_org_permission(uuid, character varying)'),
+        ('user_has_org_permission_enhanced', 'user_has_org_permission_enhanced(uuid, text, boolean)'),
+        ('user_has_permission_in_org', 'user_has_permission_in_org(uuid, uuid, text)'),
+        ('get_user_permissions_bulk', 'get_user_permissions_bulk(uuid, text)'),
+        ('set_session_variables', 'set_session_variables(uuid, uuid, uuid, text, text, text)'),
+        ('refresh_permission_materialized_views', 'refresh_permission_materialized_views()'),
+        ('cleanup_old_audit_logs', 'cleanup_old_audit_logs(integer)'),
+        ('analyze_permission_performance', 'analyze_permission_performance()');
+END $$;
 
 -- Who but the owner is meant to do what, in the words of GRANT: the migration that makes an object says it here.
 CREATE TABLE hallpass.intended_privilege (
@@ -203,10 +223,12 @@ END $$;
 
 -- Adoption: how hallpass takes the place of what the application had under the same names.
 
--- The statements that bring back what was replaced or switched off, run in reverse order by `migrate --uninstall`.
+-- The statements that bring back what was replaced or switched off, run in reverse order by `migrate --uninstall`. What
+-- takes long is run FIRST or LAST, each by itself, when nobody is made to wait; the rest in one transaction.
 CREATE TABLE hallpass.undo (
     n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    statement text NOT NULL
+    statement text NOT NULL,
+    step text NOT NULL DEFAULT 'SWITCH' CHECK (step IN ('FIRST', 'SWITCH', 'LAST'))
 );
 
 -- The privileges that roles keep on what takes an object's place. Only those of roles that row-level security does not
@@ -248,7 +270,9 @@ BEGIN
     IF FOUND THEN
         CALL hallpass.keep_privileges('TABLE public.' || name, old.relacl);
         IF old.kind = 'MATERIALIZED VIEW' AND old.relispopulated THEN
-            INSERT INTO hallpass.undo (statement) VALUES ('REFRESH MATERIALIZED VIEW public.' || name);
+            INSERT INTO hallpass.undo (statement, step)
+            SELECT format('DO $do$ BEGIN IF to_regclass(%L) IS NOT NULL THEN REFRESH MATERIALIZED VIEW %1$s; END IF; END $do$',
+                          'hallpass_replaced.' || name), 'FIRST';
         END IF;
         CALL hallpass.set_aside(old.kind, name);
         IF old.kind = 'MATERIALIZED VIEW' THEN
@@ -275,7 +299,7 @@ BEGIN
         INSERT INTO hallpass.public_object VALUES (split_part(signature, '(', 1), true);
     ELSE
         CALL hallpass.keep_privileges('ROUTINE public.' || signature, acl);
-        CALL hallpass.set_aside('FUNCTION', signature);
+        CALL hallpass.set_aside('ROUTINE', signature);
     END IF;
 END $$;
 

@@ -33,12 +33,14 @@ WITH shape AS (
           AND e.columns = w.columns AND e.included @> w.included)
 )
 SELECT statement FROM missing m, LATERAL (
-    SELECT 1 AS step, format('INSERT INTO hallpass.undo (statement) VALUES (%L)', pg_get_indexdef(in_the_way)) AS statement
+    SELECT 1 AS step, format('INSERT INTO hallpass.undo (statement, step) VALUES (%L, %L)',
+                             regexp_replace(pg_get_indexdef(in_the_way), 'INDEX', 'INDEX CONCURRENTLY'), 'LAST') AS statement
     WHERE (SELECT indisvalid FROM pg_index WHERE indexrelid = in_the_way)
     UNION ALL
     SELECT 2, format('DROP INDEX CONCURRENTLY public.%I', name) WHERE in_the_way IS NOT NULL
     UNION ALL
-    SELECT 3, format('INSERT INTO hallpass.undo (statement) VALUES (%L)', format('DROP INDEX IF EXISTS public.%I', name))
+    SELECT 3, format('INSERT INTO hallpass.undo (statement, step) VALUES (%L, %L)',
+                     format('DROP INDEX CONCURRENTLY IF EXISTS public.%I', name), 'LAST')
     UNION ALL
     SELECT 4, concat_ws(' ', 'CREATE', CASE WHEN is_unique THEN 'UNIQUE' END, 'INDEX CONCURRENTLY', name, 'ON',
                         format('public.%I (%s)', target, array_to_string(columns, ', ')),

@@ -15,6 +15,7 @@ use crate::{
     feed::Progress,
     loader::{Join, Load, LoadError, Loader},
     model::{BootTime, Position, Reason, Subject, SubjectPermissions},
+    selfcheck::Sampler,
     store::{Store, StoreError, load::Explanation, pool::Connection},
 };
 
@@ -101,6 +102,7 @@ pub struct Checker {
     pub loader: Loader,
     pub store: Arc<Store>,
     pub staleness_bound: Duration,
+    pub sampler: Sampler,
     /// Questions to the database about positions: see `position.rs`.
     position_turns: Arc<Semaphore>,
 }
@@ -113,6 +115,7 @@ impl Checker {
         loader: Loader,
         store: Arc<Store>,
         staleness_bound: Duration,
+        sampler: Sampler,
     ) -> Self {
         Self {
             cache,
@@ -120,6 +123,7 @@ impl Checker {
             loader,
             store,
             staleness_bound,
+            sampler,
             position_turns: Arc::new(Semaphore::new(position::QUESTIONS_MAX)),
         }
     }
@@ -264,6 +268,7 @@ impl Checker {
             source: Source::Cache,
             staleness,
         };
+        self.sampler.count(subject, &entry, evidence.position);
         Some(Known { entry, evidence })
     }
 

@@ -6,7 +6,7 @@
 use std::{
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicBool, AtomicI64, Ordering},
     },
     time::Duration,
 };
@@ -24,6 +24,7 @@ use crate::{
     model::{BootTime, Position},
     store::{
         DatabaseUrl, StoreError,
+        load::ReadFrom,
         log::{Cursor, LogReader, Page},
     },
 };
@@ -77,6 +78,8 @@ pub struct Progress {
     /// must not stand for what is lost.
     seen: Mutex<Vec<Position>>,
     renewed: Notify,
+    /// A cached answer was found to be wrong: something changed that the log does not have.
+    matrix_is_doubtful: AtomicBool,
     pub history: History,
 }
 
@@ -93,6 +96,21 @@ impl Progress {
     #[must_use]
     pub fn log_is_believed(&self) -> bool {
         self.believed_from.load(Ordering::Acquire) != i64::MAX
+    }
+
+    /// What may answer a load or a count: the materialized copies lean on the log.
+    #[must_use]
+    pub fn read_from(&self) -> ReadFrom {
+        if self.log_is_believed() && !self.matrix_is_doubtful.load(Ordering::Acquire) {
+            ReadFrom::MatrixOrView
+        } else {
+            ReadFrom::View
+        }
+    }
+
+    /// Believes no materialized copy any more, as long as this process lives.
+    pub fn disbelieve_matrix(&self) {
+        self.matrix_is_doubtful.store(true, Ordering::Release);
     }
 
     /// Believes no lease until [`Progress::believe_from`].

@@ -237,7 +237,7 @@ impl Task {
     fn send_statement(&mut self) {
         let mut subjects: HashSet<Subject> = HashSet::new();
         let mut waiters = Vec::new();
-        let mut from = ReadFrom::MatrixOrView;
+        let mut from = self.source.progress.read_from();
         while let Some(request) = self.queue.front() {
             if !waiters.is_empty() && subjects.len() + request.subjects.len() > SHARED_SUBJECTS_MAX
             {
@@ -259,9 +259,6 @@ impl Task {
         }
         if waiters.is_empty() {
             return;
-        }
-        if !self.source.progress.log_is_believed() {
-            from = ReadFrom::View;
         }
         let subjects: Vec<Subject> = subjects.into_iter().collect();
         let sent_at = BootTime::now();

@@ -2,7 +2,12 @@
 //!
 //! Invariant: health says SERVING only once the schema was found current, while the log is believed and answers can be given.
 
-use std::{future::Future, num::NonZeroU16, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    num::{NonZeroU16, NonZeroU32},
+    sync::Arc,
+    time::Duration,
+};
 
 use thiserror::Error;
 use tokio::{
@@ -29,6 +34,7 @@ use crate::{
     grpc::{permission_service::PermissionService, v1},
     loader::Loader,
     model::BootTime,
+    selfcheck,
     store::{
         DatabaseUrl, DedicatedConnection, Store, StoreError,
         migrations::{self, SchemaState},
@@ -52,6 +58,8 @@ pub struct Config {
     /// `None`: nothing is ever removed.
     pub audit_retention_days: Option<NonZeroU16>,
     pub maintenance_interval: Duration,
+    /// One cached answer in so many is compared with the tables.
+    pub self_check_every: NonZeroU32,
     pub lame_duck: Duration,
     pub drain_max: Duration,
 }
@@ -127,12 +135,14 @@ pub async fn run(
         Arc::clone(&cache),
         Arc::clone(&progress),
     );
+    let (sampler, self_check) = selfcheck::sampler(config.self_check_every);
     let checker = Arc::new(Checker::new(
         cache,
         progress,
         loader,
         store,
         config.staleness_bound,
+        sampler,
     ));
 
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -158,6 +168,11 @@ pub async fn run(
     // Both are aborted when this function returns.
     let mut background = JoinSet::new();
     background.spawn(loader_task);
+    background.spawn(self_check.run(
+        Arc::clone(&checker.store),
+        Arc::clone(&checker.cache),
+        Arc::clone(&checker.progress),
+    ));
     let stop = CancellationToken::new();
     let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
         router,

@@ -11,7 +11,10 @@ use hallpass_client::{
     },
 };
 
-use super::check::{describe, reason_name};
+use super::{
+    answer,
+    check::{describe, reason_name},
+};
 use crate::config::ClientSettings;
 
 /// List what a user may do in an organization
@@ -37,7 +40,7 @@ pub(super) struct List {
 
 impl List {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
-        let answer = PermissionServiceClient::new(connect(&self.client).await?)
+        let listed = PermissionServiceClient::new(connect(&self.client).await?)
             .list_user_permissions(ListUserPermissionsRequest {
                 organization_id: self.organization,
                 user_id: self.user,
@@ -48,34 +51,35 @@ impl List {
             .await
             .map_err(explain_status)?
             .into_inner();
-        if answer.role.is_empty() {
-            println!("no member of the organization, or a member without a role");
+        let mut lines = vec![if listed.role.is_empty() {
+            "no member of the organization, or a member without a role".to_owned()
         } else {
-            println!("role {}", answer.role);
-        }
-        let mut permissions = answer.permissions;
+            format!("role {}", listed.role)
+        }];
+        let mut permissions = listed.permissions;
         permissions.sort_by(|a, b| (&a.module, &a.permission).cmp(&(&b.module, &b.permission)));
-        print_table(&permissions);
-        if let Some(evidence) = &answer.evidence {
-            println!("{}", describe(evidence));
-        }
+        lines.extend(table(&permissions));
+        lines.extend(listed.evidence.as_ref().map(describe));
+        lines.push(String::new());
+        answer(&lines.join("\n"))?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
-fn print_table(permissions: &[UserPermission]) {
+fn table(permissions: &[UserPermission]) -> Vec<String> {
     let width = permissions
         .iter()
         .map(|p| p.permission.len())
         .max()
         .unwrap_or(0);
     let mut module = "";
+    let mut lines = Vec::new();
     for permission in permissions {
         if permission.module != module {
             module = &permission.module;
-            println!("{module}");
+            lines.push(module.to_owned());
         }
-        println!(
+        lines.push(format!(
             "  {}  {:width$}  {:19}  minimum role {}",
             if permission.allowed { "allow" } else { "deny " },
             permission.permission,
@@ -85,8 +89,9 @@ fn print_table(permissions: &[UserPermission]) {
             } else {
                 &permission.effective_min_role
             },
-        );
+        ));
     }
+    lines
 }
 
 pub(super) async fn connect(client: &ClientSettings) -> anyhow::Result<Channel> {

@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use super::database::Database;
+use super::{answer, database::Database};
 use crate::{
     config::DatabaseSettings,
     store::{
@@ -45,7 +45,7 @@ impl Migrate {
         let code = match self.instead {
             Instead { check: true, .. } => check(&database).await?,
             Instead { dry_run: true, .. } => {
-                print!("{}", migrations::plan(&database.url).await?);
+                answer(&migrations::plan(&database.url).await?)?;
                 ExitCode::SUCCESS
             }
             Instead {

@@ -9,7 +9,7 @@ mod postgres;
 mod serve;
 
 use std::{
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
     process::ExitCode,
 };
 
@@ -55,6 +55,14 @@ pub fn run() -> anyhow::Result<ExitCode> {
             Command::List(command) => command.run().await,
         }
     })
+}
+
+/// Writes a long answer. Whoever has read enough of it, as `head` has, has been answered.
+fn answer(text: &str) -> io::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
 }
 
 /// Standard output belongs to what a command answers.

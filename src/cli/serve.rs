@@ -18,6 +18,7 @@ use crate::{
         DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, MAINTENANCE_INTERVAL,
         Secret, ServeSettings,
     },
+    selfcheck::SAMPLE_EVERY,
     server::{self, Config, Listener},
     store::DatabaseUrl,
 };
@@ -88,6 +89,7 @@ pub(super) async fn serve(
         inspection_interval: INSPECTION_INTERVAL,
         audit_retention_days: NonZeroU16::new(settings.audit_retention_days),
         maintenance_interval: MAINTENANCE_INTERVAL,
+        self_check_every: SAMPLE_EVERY,
         lame_duck: settings.lame_duck,
         drain_max: DRAIN_MAX,
     };

@@ -283,8 +283,9 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         // What must be fresh is counted, whatever the log says of the summary.
         let from = match freshness {
             Freshness::FullyConsistent => ReadFrom::View,
-            _ if !self.checker.progress.log_is_believed() => ReadFrom::View,
-            _ => ReadFrom::MatrixOrView,
+            Freshness::MinimizeLatency
+            | Freshness::MaxStaleness(_)
+            | Freshness::AtLeastAsFresh(_) => self.checker.progress.read_from(),
         };
         let read = async move |connection: Connection| {
             connection.organization_summary(organization, from).await

@@ -58,10 +58,23 @@ impl Store {
     /// # Errors
     /// When the database is away, a standby, or answers what it must not.
     pub async fn load(&self, subjects: &[Subject], from: ReadFrom) -> Result<Loaded, StoreError> {
+        let connection = self.misses.acquire().await?;
+        self.load_on(connection, subjects, from).await
+    }
+
+    /// As [`Store::load`], on a connection that is no miss's.
+    ///
+    /// # Errors
+    /// As [`Store::load`].
+    pub async fn load_on(
+        &self,
+        connection: Connection,
+        subjects: &[Subject],
+        from: ReadFrom,
+    ) -> Result<Loaded, StoreError> {
         let organizations: Vec<Uuid> = subjects.iter().map(|s| s.organization.0).collect();
         let users: Vec<Uuid> = subjects.iter().map(|s| s.user.0).collect();
         let believe_matrix = from == ReadFrom::MatrixOrView;
-        let connection = self.misses.acquire().await?;
         let rows = connection
             .query(LOAD, &[&organizations, &users, &believe_matrix])
             .await?;

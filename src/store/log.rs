@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::{
     DatabaseUrl, Store, StoreError, connect, describe,
     load::{self, refuse_standby},
+    pool::Connection,
 };
 use crate::model::{Change, OrganizationId, Position, Subject, UserId};
 
@@ -108,6 +109,12 @@ SELECT pg_is_in_recovery(),
        OR coalesce($1 < (SELECT min(seq) FROM hallpass.log), false),
        $3::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $3 AND uid = $4::integer)";
 
+const TOUCHED_SINCE: &str = "
+SELECT pg_is_in_recovery(),
+       NOT EXISTS (SELECT FROM hallpass.log WHERE seq = $2 AND uid = $3::integer)
+       OR EXISTS (SELECT FROM hallpass.log_org
+                  WHERE org_id IN ($1, '00000000-0000-0000-0000-000000000000') AND seq > $2)";
+
 /// Which of two positions are in a database's history.
 #[derive(Clone, Copy, Debug)]
 pub struct FoundPositions {
@@ -147,6 +154,31 @@ impl Store {
             has_asked: row.try_get(1)?,
             has_end: row.try_get(2)?,
         })
+    }
+}
+
+impl Connection {
+    /// Whether something that touches the organization was committed after this position; true as well where the
+    /// position is not in the log any more.
+    ///
+    /// # Errors
+    /// When the database is away or a standby.
+    pub async fn touched_since(
+        self,
+        organization: OrganizationId,
+        position: Position,
+    ) -> Result<bool, StoreError> {
+        let rows = self
+            .query(
+                TOUCHED_SINCE,
+                &[&organization.0, &position.seq, &position.uid.cast_signed()],
+            )
+            .await?;
+        let row = rows
+            .first()
+            .ok_or_else(|| StoreError::Wrong("no row finds a change".to_owned()))?;
+        refuse_standby(row, 0)?;
+        Ok(row.try_get(1)?)
     }
 }
 

@@ -15,6 +15,8 @@ use super::{
     describe,
 };
 
+pub use super::uninstall::uninstall;
+
 /// One file of `migrations/`.
 pub struct Migration {
     pub version: i32,
@@ -51,8 +53,6 @@ pub const MIGRATIONS: &[Migration] = migrations![
 const RUNS_WHAT_IT_SELECTS: &str =
     "-- hallpass: runs the statements that this query selects, each by itself";
 
-const UNINSTALL: &str = include_str!("uninstall.sql");
-
 /// How long a migration waits for one lock on a table that the application uses: those who come after it wait as long.
 /// Several are asked for in a row, and all of that stays below half a second, and below PostgreSQL's deadlock_timeout.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(100);
@@ -64,7 +64,7 @@ const TRY_INTERVAL: Duration = Duration::from_millis(500);
 /// How long to wait for another process that is migrating. Polled: a session blocked in `pg_advisory_lock` would
 /// deadlock with a CREATE INDEX CONCURRENTLY of the one that holds it.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(300);
-const LOCK_POLL: Duration = Duration::from_millis(200);
+pub(super) const LOCK_POLL: Duration = Duration::from_millis(200);
 
 impl Migration {
     fn checksum(&self) -> String {
@@ -114,6 +114,8 @@ pub enum MigrateError {
     Blocked(Vec<String>),
     #[error("hallpass is not on this database")]
     NotInstalled,
+    #[error("hallpass cannot be taken off this database, and nothing was changed: drop or change what uses it\n- {}", .0.join("\n- "))]
+    Used(Vec<String>),
     #[error(
         "{name} did not get its locks in {TRIES_MAX} tries: see in pg_stat_activity who holds them ({cause})"
     )]
@@ -128,7 +130,8 @@ const READ_APPLIED: &str =
 const IS_INSTALLED: &str = "SELECT to_regclass('hallpass.schema_migrations') IS NOT NULL";
 
 /// Every name in a migration is qualified; nothing is found, or made, by the login's search path.
-const SESSION: &str = "SET search_path = pg_catalog; SET client_min_messages = warning;\n";
+pub(super) const SESSION: &str =
+    "SET search_path = pg_catalog; SET client_min_messages = warning;\n";
 
 const INSTALL: &str = "
 CREATE SCHEMA IF NOT EXISTS hallpass;
@@ -148,7 +151,7 @@ const TRY_LOCK: &str = "SELECT pg_try_advisory_lock(1751215212, 1)";
 /// When the database cannot be asked.
 pub async fn schema_state(connection: &DedicatedConnection) -> Result<SchemaState, StoreError> {
     let client = &connection.client;
-    if !client.query_one(IS_INSTALLED, &[]).await?.get::<_, bool>(0) {
+    if !is_true(client, IS_INSTALLED).await? {
         return Ok(SchemaState::Behind(
             MIGRATIONS.iter().map(|m| m.name).collect(),
         ));
@@ -236,7 +239,7 @@ pub async fn migrate_to(
     for migration in missing.into_iter().filter(|m| m.version <= version) {
         let name = migration.name;
         if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
-            for statement in selected(client, migration).await? {
+            for statement in first_column(client, migration.sql).await? {
                 run(client, name, &statement).await?;
             }
             run(client, name, &migration.record()).await?;
@@ -256,7 +259,10 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
     let connection = DedicatedConnection::open(url, None).await?;
     let client = &connection.client;
     let missing = missing(&connection).await?;
-    let mut script = String::from("-- What `hallpass migrate` would run on this database.\n");
+    // What comes after a failure counts on what failed.
+    let mut script = String::from(
+        "-- What `hallpass migrate` would run on this database.\n\\set ON_ERROR_STOP on\n",
+    );
     if missing.len() == MIGRATIONS.len() {
         let Survey { blockers, notes } = adoption::survey(client).await?;
         for (what, lines) in [("NOT BEFORE THIS IS MENDED", blockers), ("note", notes)] {
@@ -269,7 +275,7 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
     for migration in missing {
         script.push_str(&format!("\n-- {}\n\n", migration.name));
         if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
-            for statement in selected(client, migration).await? {
+            for statement in first_column(client, migration.sql).await? {
                 script.push_str(&format!("{statement};\n"));
             }
             script.push_str(&migration.record());
@@ -280,31 +286,7 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
     Ok(script)
 }
 
-/// Takes hallpass off the database: the application's tables and the audit rows stay, what was replaced comes back.
-///
-/// # Errors
-/// When it is not there, something else depends on it (then nothing is changed), or the database is away.
-pub async fn uninstall(
-    url: &DatabaseUrl,
-    mut progress: impl FnMut(Progress),
-) -> Result<(), MigrateError> {
-    let connection = DedicatedConnection::open(url, None).await?;
-    let client = &connection.client;
-    lock(client).await?;
-    if missing(&connection).await?.len() == MIGRATIONS.len() {
-        return Err(MigrateError::NotInstalled);
-    }
-    run(client, "the first step", SESSION).await?;
-    run_with_locks(
-        client,
-        "uninstalling",
-        &transaction(&[UNINSTALL]),
-        &mut progress,
-    )
-    .await
-}
-
-async fn missing(
+pub(super) async fn missing(
     connection: &DedicatedConnection,
 ) -> Result<Vec<&'static Migration>, MigrateError> {
     match schema_state(connection).await? {
@@ -318,12 +300,16 @@ async fn missing(
     }
 }
 
-async fn selected(client: &Client, migration: &Migration) -> Result<Vec<String>, StoreError> {
-    let rows = client.query(migration.sql, &[]).await?;
+pub(super) async fn is_true(client: &Client, query: &str) -> Result<bool, StoreError> {
+    Ok(client.query_one(query, &[]).await?.try_get(0)?)
+}
+
+pub(super) async fn first_column(client: &Client, query: &str) -> Result<Vec<String>, StoreError> {
+    let rows = client.query(query, &[]).await?;
     rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
 }
 
-fn transaction(parts: &[&str]) -> String {
+pub(super) fn transaction(parts: &[&str]) -> String {
     let lock_timeout = LOCK_TIMEOUT.as_millis();
     format!(
         "BEGIN;\nSET LOCAL lock_timeout = '{lock_timeout}ms';\n\n{}COMMIT;\n",
@@ -331,7 +317,11 @@ fn transaction(parts: &[&str]) -> String {
     )
 }
 
-async fn run(client: &Client, name: &'static str, sql: &str) -> Result<(), MigrateError> {
+pub(super) async fn run(
+    client: &Client,
+    name: &'static str,
+    sql: &str,
+) -> Result<(), MigrateError> {
     client.batch_execute(sql).await.map_err(|error| {
         let cause = in_full(&error);
         MigrateError::Failed { name, cause }
@@ -349,7 +339,7 @@ fn in_full(error: &tokio_postgres::Error) -> String {
 }
 
 /// Runs a transaction that needs locks on the application's tables, again and again until it gets them.
-async fn run_with_locks(
+pub(super) async fn run_with_locks(
     client: &Client,
     name: &'static str,
     script: &str,
@@ -382,7 +372,7 @@ async fn run_with_locks(
 }
 
 /// The lock goes with the connection.
-async fn lock(client: &Client) -> Result<(), MigrateError> {
+pub(super) async fn lock(client: &Client) -> Result<(), MigrateError> {
     let deadline = Instant::now() + LOCK_WAIT_MAX;
     while Instant::now() < deadline {
         let row = client

@@ -10,6 +10,7 @@ pub mod load;
 pub mod log;
 pub mod migrations;
 pub mod pool;
+mod uninstall;
 pub mod upkeep;
 
 use std::{str::FromStr, time::Duration};

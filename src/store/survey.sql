@@ -45,7 +45,8 @@ WITH shape AS (
            ours.parameters IS NOT NULL AS stays_in_place,
            p.proargnames::text IS NOT DISTINCT FROM ours.parameters AND format_type(p.prorettype, NULL) = ours.result
                AND NOT p.proretset AND p.prokind = 'f'
-               AND p.pronargdefaults <= (ours.name = 'user_has_org_permission_enhanced')::integer AS fits
+               -- Exactly: a default can be added in place, but not taken away again when hallpass goes.
+               AND p.pronargdefaults = (ours.name = 'user_has_org_permission_enhanced')::integer AS fits
     FROM ours JOIN pg_proc p ON p.proname = ours.name AND p.pronamespace = 'public'::regnamespace
 ), views AS (
     SELECT c.oid, c.reltype, c.relkind, c.relowner, c.relacl, format('public.%I', relname) AS target
@@ -61,7 +62,7 @@ WITH shape AS (
 ), audit_writers AS (
     SELECT p.oid, format('%I.%I', nspname, proname) AS name, prorettype = 'trigger'::regtype AS is_trigger
     FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
-    WHERE prosrc ~* '\minsert\s+into\s+(public\.)?permission_audit_log\M' AND nspname NOT IN ('pg_catalog', 'hallpass')
+    WHERE prosrc ~* '\minsert\s+into\s+("?public"?\s*\.\s*)?"?permission_audit_log\M' AND nspname NOT IN ('pg_catalog', 'hallpass')
 )
 SELECT true, format('PostgreSQL %s is older than 14', current_setting('server_version'))
 WHERE current_setting('server_version_num')::integer < 140000
@@ -69,12 +70,13 @@ WHERE current_setting('server_version_num')::integer < 140000
 UNION ALL
 SELECT true, format('%s may not create schemas in this database: GRANT CREATE ON DATABASE %I TO %1$I',
                     current_user, current_database())
-WHERE NOT has_database_privilege(current_database(), 'CREATE') AND to_regnamespace('hallpass') IS NULL
+WHERE NOT has_database_privilege(current_database(), 'CREATE')
 UNION ALL
 SELECT true, format('%s may not create objects in schema public: GRANT CREATE ON SCHEMA public TO %1$I', current_user)
 WHERE NOT has_schema_privilege('public', 'CREATE')
 UNION ALL
-SELECT true, 'schema hallpass is there already, and is not hallpass''s'
+SELECT true, CASE WHEN to_regclass('hallpass.undo') IS NULL THEN 'schema hallpass is there already, and is not hallpass''s'
+                  ELSE '`hallpass migrate --uninstall` did not finish here: run it again first' END
 WHERE to_regnamespace('hallpass') IS NOT NULL AND to_regclass('hallpass.schema_migrations') IS NULL
 UNION ALL
 SELECT true, 'schema hallpass_replaced is there already: it is where hallpass puts what it replaces'
@@ -110,8 +112,9 @@ SELECT true, format('function %s has other arguments than hallpass''s (%s), and 
                     target, arguments)
 FROM functions WHERE has_arguments <> arguments
 UNION ALL
-SELECT true, format('function %s cannot be replaced in place: its parameters must be named %s, its result be %s', target,
-                    btrim(parameters, '{}'), result)
+SELECT true, format('function %s cannot be replaced in place: it must be a function (%s) that returns %s', target,
+                    replace(btrim(parameters, '{}'), ',', ', ') || CASE WHEN parameters LIKE '%use_cache}' THEN ' DEFAULT true' ELSE '' END,
+                    result)
 FROM functions WHERE has_arguments = arguments AND stays_in_place AND NOT fits
 UNION ALL
 SELECT true, format('function %s belongs to %I: run this as %2$I', target, pg_get_userbyid(proowner))
@@ -123,10 +126,14 @@ SELECT true, format('view %s belongs to %I, whose rights %I has not', target, pg
 FROM views WHERE relkind IN ('v', 'm') AND NOT pg_has_role(relowner, 'USAGE')
 UNION ALL
 SELECT true, format('%s depends on %s, which is replaced: drop it, and make it again afterwards', dependent, g.target)
-FROM (SELECT g.target, g.oid, pg_describe_object(d.classid, d.objid, d.objsubid) AS dependent
+FROM (SELECT DISTINCT g.target, CASE WHEN rulename = '_RETURN' THEN pg_describe_object('pg_class'::regclass, ev_class, 0)
+                                     ELSE pg_describe_object(d.classid, d.objid, 0) END AS dependent
       FROM going g
-      JOIN pg_depend d ON d.refobjid IN (SELECT g.oid UNION SELECT reltype FROM views v WHERE v.oid = g.oid) AND d.deptype = 'n'
-      WHERE NOT EXISTS (SELECT FROM pg_rewrite r WHERE d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid AND r.ev_class = g.oid)
+      JOIN pg_depend d ON d.deptype = 'n' AND d.refobjid IN (
+          SELECT g.oid
+          UNION SELECT t.oid FROM views v JOIN pg_type t ON v.reltype IN (t.oid, t.typelem) WHERE v.oid = g.oid)
+      LEFT JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+      WHERE ev_class IS DISTINCT FROM g.oid
      ) g
 
 UNION ALL
@@ -143,13 +150,14 @@ UNION ALL
 SELECT false, format('%s is the user of a membership', CASE user_column WHEN 'id' THEN 'profiles.id' ELSE 'profiles.user_id' END)
 FROM shape WHERE to_regclass('public.profiles') IS NOT NULL
 UNION ALL
-SELECT false, format('%s is replaced in place, with the privileges it has', target)
+SELECT false, format('function %s is replaced in place, with the privileges it has', target)
 FROM functions WHERE has_arguments = arguments AND stays_in_place
 UNION ALL
-SELECT false, 'replaced, the old ones set aside in schema hallpass_replaced: ' || string_agg(target, ', ')
+SELECT false, 'replaced, the old ones set aside in schema hallpass_replaced: ' || string_agg(target, ', ' ORDER BY target)
 FROM going HAVING count(*) > 0
 UNION ALL
-SELECT false, format('row-level security binds %s, who may no longer use %s', grantees, string_agg(target, ', '))
+SELECT false, format('row-level security binds %s, who may no longer use %s', grantees,
+                     string_agg(target, ', ' ORDER BY target))
 FROM (SELECT target, string_agg(DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(grantee)::text END, ', ') AS grantees
       FROM going, aclexplode(acl) LEFT JOIN pg_roles r ON r.oid = grantee
       WHERE grantee <> owner AND NOT coalesce(rolbypassrls, false) AND privilege_type IN ('SELECT', 'EXECUTE')

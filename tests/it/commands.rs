@@ -39,15 +39,15 @@ const ERROR: i32 = 2;
 
 /// How a command ended.
 #[derive(Debug)]
-struct Ran {
-    code: i32,
-    out: String,
+pub(crate) struct Ran {
+    pub(crate) code: i32,
+    pub(crate) out: String,
     err: String,
 }
 
 impl Ran {
     /// What was printed to standard error besides the log's lines.
-    fn complaint(&self) -> Vec<&str> {
+    pub(crate) fn complaint(&self) -> Vec<&str> {
         let is_logged = |line: &str| {
             [" INFO ", " WARN ", " ERROR "]
                 .iter()
@@ -90,7 +90,7 @@ async fn finish(mut command: Command) -> Ran {
     }
 }
 
-async fn hallpass(arguments: &[&str]) -> Ran {
+pub(crate) async fn hallpass(arguments: &[&str]) -> Ran {
     let mut command = command(HALLPASS);
     command.args(arguments);
     finish(command).await

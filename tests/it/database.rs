@@ -4,7 +4,11 @@
 //! in as a superuser and stand for the application; the services that they start log in as `hallpass_service`.
 
 use std::{
-    sync::atomic::{AtomicU32, Ordering},
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -21,6 +25,9 @@ use crate::{
 };
 
 const TEMPLATE: &str = "migrated";
+
+/// The login of the test cluster.
+const SUPERUSER: &str = "hallpass";
 
 /// What nothing here should take; a test that gets there has failed.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -39,43 +46,62 @@ FROM public.organization_permissions";
 
 const EMPTY: &str = "
 TRUNCATE public.organizations, public.profiles, public.organization_permissions,
-         public.organization_permission_templates, public.permission_roles";
+         public.organization_permission_templates, public.permission_roles CASCADE";
 
 const INSERT_TEMPLATE: &str = "
 INSERT INTO public.organization_permission_templates (module_name, permission_key, permission_name, default_min_role)
-VALUES ($1, $2, initcap($2), $3)";
+VALUES ($1, $2::text, initcap($2::text), $3)";
 
 const INSERT_OVERRIDE: &str = "
 INSERT INTO public.organization_permissions (org_id, permission_key, min_role_required, is_enabled, specific_users)
 VALUES ($1, $2, $3, $4, $5)";
 
+/// The two shapes that `profiles` has had at PTO Connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shape {
+    /// A profile has a `user_id`. What `migrate` makes of nothing has this shape.
+    A,
+    /// A profile's `id` is the user, who has one profile at most.
+    B,
+}
+
+impl Shape {
+    /// The column of `profiles` that is the user.
+    pub(crate) fn user_column(self) -> &'static str {
+        match self {
+            Self::A => "user_id",
+            Self::B => "id",
+        }
+    }
+}
+
 /// A test's own database, with the whole schema in it and the seeded catalog and ladder.
 pub(crate) struct Database {
     pub(crate) url: String,
+    pub(crate) shape: Shape,
 }
 
 impl Database {
     /// Takes about 50 ms: PostgreSQL copies the template's files.
     pub(crate) async fn create() -> Self {
-        Self::copy(TEMPLATE).await
+        Self::copy(TEMPLATE, SUPERUSER, Shape::A).await
     }
 
     /// One with nothing in it.
     pub(crate) async fn empty() -> Self {
-        Self::copy("template0").await
+        Self::copy("template0", SUPERUSER, Shape::A).await
     }
 
-    async fn copy(template: &str) -> Self {
+    /// One that `owner` has, with what is in `template`.
+    pub(crate) async fn copy(template: &str, owner: &str, shape: Shape) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        static PREPARED: OnceCell<()> = OnceCell::const_new();
         // For an empty one too: roles are the cluster's, and a test must not find them or not by chance.
-        PREPARED.get_or_init(prepare_template).await;
+        prepare().await;
         let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
-        let admin = connect(&support::cluster().url_for("postgres")).await;
-        let copy = format!("CREATE DATABASE {name} TEMPLATE {template}");
-        admin.batch_execute(&copy).await.unwrap();
+        create_database(&name, template, owner).await;
         Self {
             url: support::cluster().url_for(&name),
+            shape,
         }
     }
 
@@ -85,20 +111,46 @@ impl Database {
     }
 }
 
-/// Nobody may be connected to a template while it is copied: waits until the connection that migrated it is gone.
-async fn prepare_template() {
+/// The cluster's roles, and the template with the whole schema.
+async fn prepare() {
+    static PREPARED: OnceCell<()> = OnceCell::const_new();
+    PREPARED
+        .get_or_init(async || {
+            make_template(TEMPLATE, "template1", SUPERUSER, async |url| {
+                make_roles(&url, None).await.unwrap();
+                let migrator = as_role(&url, "hallpass_migrator");
+                migrate(&migrator.parse().unwrap(), |_| {}).await.unwrap();
+            })
+            .await;
+        })
+        .await;
+}
+
+/// Makes a database to copy from, out of another, when it is first asked for. `fill` is given its URL.
+pub(crate) async fn template(name: &str, from: &str, owner: &str, fill: impl AsyncFnOnce(String)) {
+    static MADE: Mutex<BTreeMap<String, Arc<OnceCell<()>>>> = Mutex::new(BTreeMap::new());
+    prepare().await;
+    let made = Arc::clone(MADE.lock().unwrap().entry(name.to_owned()).or_default());
+    made.get_or_init(async || make_template(name, from, owner, fill).await)
+        .await;
+}
+
+async fn make_template(name: &str, from: &str, owner: &str, fill: impl AsyncFnOnce(String)) {
+    create_database(name, from, owner).await;
+    fill(support::cluster().url_for(name)).await;
+    // Nobody may be connected to a database while it is copied, and who has filled it may be leaving just now.
     let admin = connect(&support::cluster().url_for("postgres")).await;
-    let create = format!("CREATE DATABASE {TEMPLATE}");
-    admin.batch_execute(&create).await.unwrap();
-    let url = support::cluster().url_for(TEMPLATE);
-    make_roles(&url, None).await.unwrap();
-    let migrator = as_role(&url, "hallpass_migrator");
-    migrate(&migrator.parse().unwrap(), |_| {}).await.unwrap();
     eventually("nobody is connected to the template", async || {
-        let row = admin.query_one(IS_LEFT_ALONE, &[&TEMPLATE]).await;
+        let row = admin.query_one(IS_LEFT_ALONE, &[&name]).await;
         row.unwrap().get(0)
     })
     .await;
+}
+
+async fn create_database(name: &str, template: &str, owner: &str) {
+    let admin = connect(&support::cluster().url_for("postgres")).await;
+    let create = format!("CREATE DATABASE {name} TEMPLATE {template} OWNER {owner}");
+    admin.batch_execute(&create).await.unwrap();
 }
 
 /// The superuser's URL of a database, for another login.
@@ -128,11 +180,13 @@ pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool)
 }
 
 /// What decisions are made of, as the tables have it now (for `client`: its open transaction's changes too).
-pub(crate) async fn read_world(client: &Client, names: &Names) -> World {
+pub(crate) async fn read_world(client: &Client, shape: Shape, names: &Names) -> World {
+    let user = shape.user_column();
+    let members = format!("SELECT org_id, {user}, role FROM public.profiles");
     let (ladder, catalog, members, overrides) = try_join!(
         client.query("SELECT role_key, rank FROM public.permission_roles", &[]),
         client.query(CATALOG, &[]),
-        client.query("SELECT org_id, user_id, role FROM public.profiles", &[]),
+        client.query(&members, &[]),
         client.query(OVERRIDES, &[]),
     )
     .unwrap();
@@ -170,7 +224,7 @@ pub(crate) async fn read_world(client: &Client, names: &Names) -> World {
 }
 
 /// Makes the tables hold `world` and nothing else.
-pub(crate) async fn write_world(client: &mut Client, world: &World, names: &Names) {
+pub(crate) async fn write_world(client: &mut Client, shape: Shape, world: &World, names: &Names) {
     let transaction = client.transaction().await.unwrap();
     transaction.batch_execute(EMPTY).await.unwrap();
     for organization in names.organizations.iter().filter(|o| *o != NO_ORGANIZATION) {
@@ -193,10 +247,11 @@ pub(crate) async fn write_world(client: &mut Client, world: &World, names: &Name
             .await
             .unwrap();
     }
+    let user = shape.user_column();
+    let insert = format!("INSERT INTO public.profiles (org_id, {user}, role) VALUES ($1, $2, $3)");
     for ((organization, user), role) in &world.members {
-        let insert = "INSERT INTO public.profiles (org_id, user_id, role) VALUES ($1, $2, $3)";
         transaction
-            .execute(insert, &[&id(organization), &id(user), role])
+            .execute(&insert, &[&id(organization), &id(user), role])
             .await
             .unwrap();
     }

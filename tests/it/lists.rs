@@ -331,14 +331,17 @@ async fn disagreements(
 
 #[tokio::test]
 async fn lists_and_counts_are_the_oracle_s_in_every_scenario() {
-    let database = Database::create().await;
+    lists_and_counts(&Database::create().await).await;
+}
+
+pub(crate) async fn lists_and_counts(database: &Database) {
     let server = Server::start(hallpass::server::Config {
         matrix_refresh_interval: REFRESH_INTERVAL,
         ..config(&database.url)
     })
     .await;
     let channel = &server.channel;
-    run_all(&database, async |run, world| {
+    run_all(database, async |run, world| {
         let names = &run.scenario.names;
         let outside = Outside::read(run.client).await;
         // Whole lists of what may be believed, pages of one of what is read afresh; then all of it refreshed.

@@ -5,7 +5,7 @@ use std::future::Future;
 use tokio_postgres::Client;
 
 use crate::{
-    database::{Database, eventually, read_world, write_world},
+    database::{Database, Shape, eventually, read_world, write_world},
     executors::Executor,
     oracle::World,
     scenario::{self, Scenario},
@@ -63,7 +63,7 @@ async fn a_refresh_that_waited_makes_no_load_wrong() {
         database.client().await,
     );
     let scenario = scenario();
-    write_world(&mut first, &scenario.world, &scenario.names).await;
+    write_world(&mut first, Shape::A, &scenario.world, &scenario.names).await;
 
     let fill = "REFRESH MATERIALIZED VIEW public.user_permission_matrix";
     first
@@ -86,7 +86,7 @@ async fn a_refresh_that_waited_makes_no_load_wrong() {
 
     let (second, done) = late.await.unwrap();
     done.unwrap();
-    let world = read_world(&third, &scenario.names).await;
+    let world = read_world(&third, Shape::A, &scenario.names).await;
     agrees(Executor::LoadBelieving, &third, &world, &scenario).await;
     second.batch_execute("COMMIT").await.unwrap();
     agrees(Executor::LoadBelieving, &third, &world, &scenario).await;
@@ -98,7 +98,7 @@ async fn a_load_that_waited_for_a_reload_sees_it_whole() {
     let database = Database::create().await;
     let (mut first, second) = (database.client().await, database.client().await);
     let scenario = scenario();
-    write_world(&mut first, &scenario.world, &scenario.names).await;
+    write_world(&mut first, Shape::A, &scenario.world, &scenario.names).await;
 
     let reload = "
         BEGIN;
@@ -125,7 +125,7 @@ async fn a_true_matrix_is_what_a_load_reads() {
     let mut client = database.client().await;
     let scenario = scenario::all().swap_remove(0);
     let names = &scenario.names;
-    write_world(&mut client, &scenario.world, names).await;
+    write_world(&mut client, Shape::A, &scenario.world, names).await;
     client
         .batch_execute(
             "SELECT public.refresh_permission_materialized_views();
@@ -134,7 +134,7 @@ async fn a_true_matrix_is_what_a_load_reads() {
         )
         .await
         .unwrap();
-    let emptied = read_world(&client, names).await;
+    let emptied = read_world(&client, Shape::A, names).await;
     assert!(emptied.members.is_empty() && !scenario.world.members.is_empty());
     for (executor, world) in [
         (Executor::LoadBelieving, &scenario.world),

@@ -16,7 +16,7 @@ use crate::{
 const APPLIED: &str = "SELECT name FROM hallpass.schema_migrations ORDER BY version";
 
 /// What was made in a database, and every migration's time.
-const WHOLE_SCHEMA: &str = "
+pub(crate) const WHOLE_SCHEMA: &str = "
 SELECT format('%s %s', oid, relname) FROM pg_class
 WHERE relnamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN ('public', 'hallpass'))
 UNION ALL SELECT format('%s %s', oid, proname) FROM pg_proc

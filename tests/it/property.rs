@@ -15,7 +15,7 @@ use tokio::{runtime::Runtime, sync::Mutex};
 use tokio_postgres::Client;
 
 use crate::{
-    database::{Database, read_world, write_world},
+    database::{Database, Shape, read_world, write_world},
     executors::Executor,
     operations::{Case, SEED, Session, Transaction, case},
     scenario::{self, Scenario},
@@ -60,7 +60,7 @@ impl Sessions {
         for client in [&self.main, &self.old] {
             client.batch_execute("ROLLBACK").await.unwrap();
         }
-        write_world(&mut self.main, &seed.world, &seed.names).await;
+        write_world(&mut self.main, Shape::A, &seed.world, &seed.names).await;
     }
 
     /// Calls `check` after each statement of the main session that succeeds, on that session.
@@ -164,7 +164,7 @@ fn the_matrix_is_never_believed_wrongly() {
         (Mutex::new(sessions), version)
     });
     let check = async |client: &Client, executors: &[Executor]| {
-        let world = read_world(client, &seed.names).await;
+        let world = read_world(client, Shape::A, &seed.names).await;
         for executor in executors {
             agree(executor.disagreements(client, &world, &seed.names).await)?;
         }
@@ -205,7 +205,7 @@ fn the_cache_is_never_wrong() {
     let all = Mutex::new(Sources::default());
     let look = async |observer: &Client| {
         service.catch_up(observer).await;
-        let world = read_world(observer, &seed.names).await;
+        let world = read_world(observer, Shape::A, &seed.names).await;
         let freshness = Freshness::MinimizeLatency;
         let (found, sources) = service
             .list_disagreements(&world, &seed.names, freshness)

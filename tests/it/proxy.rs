@@ -36,6 +36,8 @@ pub(crate) enum Way {
 pub(crate) struct Proxy {
     pub(crate) url: String,
     way: watch::Sender<Way>,
+    /// Connections made before the last of these never say anything again.
+    deafened: watch::Sender<u64>,
     _directory: TempDir,
 }
 
@@ -49,10 +51,12 @@ impl Proxy {
         let url = format!("{before}host={path}&{after}");
         let (way, state) = watch::channel(way);
         let target = Path::new(host).join(SOCKET);
-        tokio::spawn(listen(directory.path().join(SOCKET), target, state));
+        let (deafened, deaf) = watch::channel(0);
+        tokio::spawn(listen(directory.path().join(SOCKET), target, state, deaf));
         Self {
             url,
             way,
+            deafened,
             _directory: directory,
         }
     }
@@ -60,9 +64,19 @@ impl Proxy {
     pub(crate) fn set(&self, way: Way) {
         self.way.send_replace(way);
     }
+
+    /// Every connection that is there falls silent for good, as when a router forgets them; new ones work.
+    pub(crate) fn deafen(&self) {
+        self.deafened.send_modify(|count| *count += 1);
+    }
 }
 
-async fn listen(path: PathBuf, target: PathBuf, way: watch::Receiver<Way>) {
+async fn listen(
+    path: PathBuf,
+    target: PathBuf,
+    way: watch::Receiver<Way>,
+    deaf: watch::Receiver<u64>,
+) {
     let mut changes = way.clone();
     // Until the test ends, and the sender with it.
     while changes.wait_for(|way| *way != Way::Closed).await.is_ok() {
@@ -76,7 +90,7 @@ async fn listen(path: PathBuf, target: PathBuf, way: watch::Receiver<Way>) {
                 _closed_or_over = changes.wait_for(|way| *way == Way::Closed) => break,
                 accepted = listener.accept() => {
                     let (near, _) = accepted.unwrap();
-                    connections.spawn(connect(near, target.clone(), way.clone()));
+                    connections.spawn(connect(near, target.clone(), way.clone(), deaf.clone()));
                 }
             }
         }
@@ -84,7 +98,13 @@ async fn listen(path: PathBuf, target: PathBuf, way: watch::Receiver<Way>) {
     }
 }
 
-async fn connect(near: UnixStream, target: PathBuf, way: watch::Receiver<Way>) {
+async fn connect(
+    near: UnixStream,
+    target: PathBuf,
+    way: watch::Receiver<Way>,
+    mut deaf: watch::Receiver<u64>,
+) {
+    deaf.mark_unchanged();
     let Ok(far) = UnixStream::connect(target).await else {
         return;
     };
@@ -93,8 +113,8 @@ async fn connect(near: UnixStream, target: PathBuf, way: watch::Receiver<Way>) {
     let (far_read, far_write) = far.into_split();
     // When one direction ends, so does the connection.
     tokio::select! {
-        () = pass_on(near_read, far_write, way.clone(), &[Way::Silent], None) => {}
-        () = pass_on(far_read, near_write, way, &[Way::Silent, Way::Deaf], unnotified.then(Vec::new)) => {}
+        () = pass_on(near_read, far_write, way.clone(), deaf.clone(), &[Way::Silent], None) => {}
+        () = pass_on(far_read, near_write, way, deaf, &[Way::Silent, Way::Deaf], unnotified.then(Vec::new)) => {}
     }
 }
 
@@ -104,6 +124,7 @@ async fn pass_on(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     mut way: watch::Receiver<Way>,
+    deaf: watch::Receiver<u64>,
     silent: &[Way],
     mut messages: Option<Vec<u8>>,
 ) {
@@ -112,6 +133,9 @@ async fn pass_on(
         let Ok(count @ 1..) = from.read(&mut buffer).await else {
             return;
         };
+        if deaf.has_changed().unwrap_or(true) {
+            std::future::pending().await
+        }
         if way.wait_for(|way| !silent.contains(way)).await.is_err() {
             return;
         }

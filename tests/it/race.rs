@@ -18,6 +18,7 @@ use hallpass::{
         BootTime, Catalog, Change, Membership, OrganizationId, Position, Subject,
         SubjectPermissions, UserId,
     },
+    selfcheck,
     store::Store,
 };
 use uuid::Uuid;
@@ -209,6 +210,57 @@ fn no_load_slips_past_a_removal_under_stress() {
     assert!(remembered > 100, "only {remembered} entries were seen");
 }
 
+/// A reader has the lease of one history when another begins, and finds an entry of that one.
+#[test]
+fn an_entry_of_another_history_is_no_answer_for_a_lease() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (cache, progress) = (Arc::new(cache()), Arc::new(Progress::default()));
+    let checker = checker(&cache, &progress);
+    let asked = subject(1, 1);
+    let ask = || {
+        let freshness = Freshness::MinimizeLatency;
+        let known = runtime.block_on(checker.know(asked, freshness, BootTime::now()));
+        known.is_ok()
+    };
+    progress.renew(Lease {
+        applied: at(START),
+        sent_at: BootTime::now(),
+        epoch: cache.epoch(),
+    });
+    cache.insert(asked, found_at(START), at(START), cache.epoch());
+    assert!(ask());
+    let epoch = cache.begin_epoch(at(START - 1));
+    cache.insert(asked, found_at(START), at(START), epoch);
+    assert!(cache.get(&asked).is_some());
+    assert!(!ask(), "the lease is of the history before");
+    progress.renew(Lease {
+        applied: at(START),
+        sent_at: BootTime::now(),
+        epoch,
+    });
+    assert!(ask());
+}
+
+/// One that can answer from the cache alone.
+fn checker(cache: &Arc<Cache>, progress: &Arc<Progress>) -> Checker {
+    // Nobody is there: whatever is not cached is no answer.
+    let url = "postgresql:///none?host=/nonexistent&user=none"
+        .parse()
+        .unwrap();
+    let store = Arc::new(Store::new(&url).unwrap());
+    let (loader, _never_run) =
+        Loader::new(Arc::clone(&store), Arc::clone(cache), Arc::clone(progress));
+    drop(_never_run);
+    Checker::new(
+        Arc::clone(cache),
+        Arc::clone(progress),
+        loader,
+        store,
+        Duration::from_secs(60),
+        selfcheck::sampler(selfcheck::SAMPLE_EVERY).0,
+    )
+}
+
 /// Subjects of the stress run, all in one organization, so in one stripe.
 const SUBJECTS: u64 = 4;
 
@@ -222,24 +274,7 @@ fn no_answer_is_older_than_its_position_under_stress() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let cache = Arc::new(cache());
     let progress = Arc::new(Progress::default());
-    // Nobody is there: whatever is not cached is no answer.
-    let url = "postgresql:///none?host=/nonexistent&user=none"
-        .parse()
-        .unwrap();
-    let store = Arc::new(Store::new(&url).unwrap());
-    let (loader, _never_run) = Loader::new(
-        Arc::clone(&store),
-        Arc::clone(&cache),
-        Arc::clone(&progress),
-    );
-    drop(_never_run);
-    let checker = Checker::new(
-        Arc::clone(&cache),
-        Arc::clone(&progress),
-        loader,
-        store,
-        Duration::from_secs(60),
-    );
+    let checker = checker(&cache, &progress);
     // Every entry of the log after the start, by the subject it changes.
     let log: Mutex<Vec<u64>> = Mutex::new(Vec::new());
     let head = || START + i64::try_from(log.lock().unwrap().len()).unwrap();

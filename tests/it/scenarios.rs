@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, time::Duration};
 use tokio_postgres::{Client, error::SqlState};
 
 use crate::{
-    database::{Database, read_world, write_world},
+    database::{Database, Shape, read_world, write_world},
     executors::Executor,
     names::id,
     oracle::World,
@@ -30,7 +30,7 @@ pub(crate) struct Run<'a> {
 
 impl<'a> Run<'a> {
     async fn begin(scenario: &'a Scenario, database: &'a Database, client: &'a mut Client) -> Self {
-        write_world(client, &scenario.world, &scenario.names).await;
+        write_world(client, database.shape, &scenario.world, &scenario.names).await;
         let run = Self {
             scenario,
             database,
@@ -43,7 +43,7 @@ impl<'a> Run<'a> {
     }
 
     async fn world(&self) -> World {
-        read_world(self.client, &self.scenario.names).await
+        read_world(self.client, self.database.shape, &self.scenario.names).await
     }
 
     async fn take(&mut self, step: &'a Step) {
@@ -52,7 +52,7 @@ impl<'a> Run<'a> {
             self.sessions.insert(&step.session, client);
         }
         let done = self.sessions[step.session.as_str()]
-            .batch_execute(&step.sql)
+            .batch_execute(&in_shape(self.database.shape, &step.sql))
             .await;
         let error = done.err().map(|error| match error.code() {
             Some(code) => code.code().to_owned(),
@@ -96,11 +96,34 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Runs every file; `check` is called after the data and after each step.
+/// A step's SQL for this shape of `profiles`, the one table of which a scenario says `user_id`.
+fn in_shape(shape: Shape, sql: &str) -> String {
+    let parts: Vec<&str> = sql.split("user_id").collect();
+    if parts.len() > 1 {
+        let is_part_of_a_word = |c: char| c.is_alphanumeric() || c == '_';
+        let is_a_word = parts.windows(2).all(|around| {
+            !around[0].ends_with(is_part_of_a_word) && !around[1].starts_with(is_part_of_a_word)
+        });
+        assert!(is_a_word && sql.contains("profiles"), "{sql}");
+    }
+    parts.join(shape.user_column())
+}
+
+/// Whether the scenario begins with a user of several organizations, which shape B cannot hold.
+pub(crate) fn has_user_of_several(scenario: &Scenario) -> bool {
+    let world = &scenario.world;
+    let mut users = scenario.names.users.iter();
+    users.any(|user| world.memberships(user).count() > 1)
+}
+
+/// Runs every file that the database's shape can hold; `check` is called after the data and after each step.
 pub(crate) async fn run_all(database: &Database, mut check: impl AsyncFnMut(&mut Run<'_>, &World)) {
     let mut client = database.client().await;
     let mut failures = Vec::new();
     for scenario in scenario::all() {
+        if database.shape == Shape::B && has_user_of_several(&scenario) {
+            continue;
+        }
         let mut run = Run::begin(&scenario, database, &mut client).await;
         let world = run.world().await;
         run.assert(&world, &scenario.assertions);
@@ -116,11 +139,14 @@ pub(crate) async fn run_all(database: &Database, mut check: impl AsyncFnMut(&mut
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }
 
-/// The matrix is stale here, or was never filled: nobody may believe it.
 #[tokio::test]
 async fn sql_decides_as_the_scenarios_state() {
-    let database = Database::create().await;
-    run_all(&database, async |run, world| {
+    decides_in_sql(&Database::create().await).await;
+}
+
+/// The matrix is stale here, or was never filled: nobody may believe it.
+pub(crate) async fn decides_in_sql(database: &Database) {
+    run_all(database, async |run, world| {
         for executor in Executor::ALWAYS {
             run.agree(world, executor).await;
         }
@@ -131,8 +157,11 @@ async fn sql_decides_as_the_scenarios_state() {
 
 #[tokio::test]
 async fn the_refreshed_matrix_decides_as_the_scenarios_state() {
-    let database = Database::create().await;
-    run_all(&database, async |run, world| {
+    decides_in_the_refreshed_matrix(&Database::create().await).await;
+}
+
+pub(crate) async fn decides_in_the_refreshed_matrix(database: &Database) {
+    run_all(database, async |run, world| {
         let refresh = "SELECT public.refresh_permission_materialized_views()";
         run.client.batch_execute(refresh).await.unwrap();
         for organization in &run.scenario.names.organizations {
@@ -148,13 +177,18 @@ async fn the_refreshed_matrix_decides_as_the_scenarios_state() {
     .await;
 }
 
-/// One service for all files: each finds the cache full of the answers of the one before.
 #[tokio::test]
 async fn grpc_decides_as_the_scenarios_state() {
-    let database = Database::create().await;
-    let service = Service::start(&database, REFRESH_INTERVAL).await;
+    let cached = decides_over_grpc(&Database::create().await).await;
+    // The first question about each subject is a miss; a busy machine adds some that found the lease too old.
+    assert!(cached.cache > 4 * cached.database, "{cached:?}");
+}
+
+/// One service for all files: each finds the cache full of the answers of the one before.
+pub(crate) async fn decides_over_grpc(database: &Database) -> Sources {
+    let service = Service::start(database, REFRESH_INTERVAL).await;
     let mut cached = Sources::default();
-    run_all(&database, async |run, world| {
+    run_all(database, async |run, world| {
         let names = &run.scenario.names;
         service.catch_up(run.client).await;
         for freshness in [
@@ -176,9 +210,8 @@ async fn grpc_decides_as_the_scenarios_state() {
         }
     })
     .await;
-    // The first question about each subject is a miss; a busy machine adds some that found the lease too old.
-    assert!(cached.cache > 4 * cached.database, "{cached:?}");
     service.stop().await;
+    cached
 }
 
 const OF_ONE_ORGANIZATION: [&str; 3] = [

@@ -8,6 +8,7 @@ use std::{
 
 use hallpass::{
     config,
+    selfcheck::SAMPLE_EVERY,
     server::{self, Config, Listener, ServeError},
     store::DatabaseUrl,
 };
@@ -79,6 +80,7 @@ pub(crate) fn config(url: &str) -> Config {
         inspection_interval: config::INSPECTION_INTERVAL,
         audit_retention_days: None,
         maintenance_interval: config::MAINTENANCE_INTERVAL,
+        self_check_every: SAMPLE_EVERY,
         lame_duck: Duration::ZERO,
         drain_max: config::DRAIN_MAX,
     }

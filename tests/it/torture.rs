@@ -31,7 +31,7 @@ use tokio::{
 use tokio_postgres::{Client, NoTls};
 
 use crate::{
-    database::{as_role, connect, read_world, write_world},
+    database::{Shape, as_role, connect, read_world, write_world},
     history::{Micros, Position},
     proxy::Way,
     roles::make_roles,
@@ -104,7 +104,7 @@ async fn start(directory: &Path) -> Arc<Run> {
     let mut client = connect(&url).await;
     let world = world::first_world();
     let questions = Arc::new(Questions::new());
-    write_world(&mut client, &world, &questions.names).await;
+    write_world(&mut client, Shape::A, &world, &questions.names).await;
     let head = client.query_one("SELECT hallpass.head()", &[]).await;
     let head = readers::parse(head.unwrap().get(0));
     let mut replicas = Vec::new();
@@ -258,7 +258,7 @@ async fn torture(checks: u64, faults: &[Fault], times: usize, seed: u64) -> Vec<
     // What is written is what was said of it.
     {
         let _paused = run.pause_writers().await;
-        let found = read_world(&connect(&run.url).await, &run.questions.names).await;
+        let found = read_world(&connect(&run.url).await, Shape::A, &run.questions.names).await;
         run.book().assert_world(&found);
     }
     run.over.store(true, Ordering::Relaxed);

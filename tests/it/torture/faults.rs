@@ -13,7 +13,7 @@ use hallpass_client::v1::{
 };
 
 use crate::{
-    database::{connect, read_world},
+    database::{Shape, connect, read_world},
     proxy::Way,
 };
 
@@ -252,7 +252,7 @@ async fn lose_commits(run: &Run) {
     });
     let client = connect(&run.url).await;
     let head = client.query_one("SELECT hallpass.head()", &[]).await;
-    let found = read_world(&client, &run.questions.names).await;
+    let found = read_world(&client, Shape::A, &run.questions.names).await;
     let copied = parse(head.unwrap().get(0));
     run.book().restore(copied, ended, &found);
 }

@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+use hallpass_client::v1::{
+    BatchCheckPermissionsItem, BatchCheckPermissionsRequest,
+    batch_check_permissions_result::Result as ItemResult,
+};
 use tokio_postgres::Client;
 use tonic_health::pb::health_check_response::ServingStatus;
 
@@ -306,6 +310,7 @@ async fn what_a_load_finds_in_another_history_is_not_remembered() {
         set_role(&client, "lincoln", "pat", role).await;
     }
     server.catch_up(&client).await;
+    while !server.check("lincoln", "pat", APPROVE).await.is_cached() {}
 
     let away = FeedAway::send(&client).await;
     fail_over(&client, kept, UNDO_PAT, CAM_AND_VIC).await;
@@ -314,6 +319,22 @@ async fn what_a_load_finds_in_another_history_is_not_remembered() {
         assert_eq!(found.seq(), kept + 2, "{found}");
         assert!(!found.is_cached());
     }
+    // Nor does it share a batch with what is remembered of the history before.
+    let items = ["pat", "nobody"].map(|user| BatchCheckPermissionsItem {
+        organization_id: id("lincoln").to_string(),
+        user_id: id(user).to_string(),
+        permission: APPROVE.to_owned(),
+    });
+    let request = BatchCheckPermissionsRequest {
+        items: items.into(),
+        consistency: None,
+    };
+    let batch = server.client().batch_check_permissions(request).await;
+    let batch = batch.unwrap().into_inner();
+    assert_eq!(seq(&batch.evidence.unwrap().position), kept + 2);
+    let [pat, nobody] = [0, 1].map(|item: usize| batch.results[item].result.clone().unwrap());
+    assert!(matches!(pat, ItemResult::Error(_)), "{pat:?}");
+    assert!(matches!(nobody, ItemResult::Answer(_)), "{nobody:?}");
     away.back().await;
     server.stop().await;
 }

@@ -21,10 +21,10 @@ ifeq ($(NODE_EXTRA_CA_CERTS),)
 export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
-.PHONY: help demo test lint lint-mutants lint-rust lint-proto lint-scripts freeze mutants figures
+.PHONY: help demo test lint lint-mutants lint-rust lint-proto lint-scripts freeze mutants figures torture torture-mutants revocation
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: ## serve a made-up district from a private PostgreSQL, with commands to paste
 	@tools/prerequisites.sh rust cc postgresql psql
@@ -76,3 +76,18 @@ figures: ## measure, and print the figures
 	@tools/prerequisites.sh rust cc postgresql
 	@$(CARGO) bench --locked --bench figures
 	@$(CARGO) bench --locked --bench adoption
+
+# The tests' own binary, as it is released: most of a run is questions, and the machine's two cores answer them too.
+torture: ## kill, stop, cut off and restore for a quarter of an hour, and check CHECKS=10000000 answers against history
+	@tools/prerequisites.sh rust cc postgresql psql
+	@CHECKS=$(CHECKS) TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \
+		--exact torture::answers_are_right_through_every_fault --ignored --nocapture
+
+torture-mutants: ## take out what keeps answers fresh, one after the other, and see the torture find it
+	@tools/prerequisites.sh rust cc postgresql psql
+	@tools/mutants.sh --torture $(ONLY)
+
+revocation: ## measure how long a revocation takes to reach three replicas
+	@tools/prerequisites.sh rust cc postgresql psql
+	@$(CARGO) test --release --locked --quiet --test it -- \
+		--exact torture::revocation::a_revocation_reaches_every_replica --ignored --nocapture

@@ -38,6 +38,11 @@ pub struct Entry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Epoch(u64);
 
+impl Epoch {
+    /// One that is never current: what is loaded in it is not remembered.
+    pub const NEVER: Self = Self(u64::MAX);
+}
+
 /// The cache.
 pub struct Cache {
     entries: Moka<Subject, Arc<Entry>, RandomState>,

@@ -176,10 +176,13 @@ impl Checker {
             self.load(missing.into_iter().collect(), freshness, arrived)
                 .await
         };
+        // What is cached and what was loaded share a position: they must not be of two histories.
+        let is_lost = (load.as_ref()).is_ok_and(|load| self.progress.has_passed_without(load.head));
         remembered
             .into_iter()
             .zip(subjects)
             .map(|(known, subject)| match (known, &load) {
+                (Some(_), _) if is_lost => Err(LoadError::Unavailable.into()),
                 (Some(known), _) => Ok(known),
                 (None, Ok(load)) => from_load(load, subject, arrived),
                 (None, Err(error)) => Err(error.clone()),

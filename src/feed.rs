@@ -42,6 +42,15 @@ const SILENCE_MAX: Duration = Duration::from_secs(1);
 /// A page that takes longer has met a dead network: the database's own limit on it is shorter.
 const PAGE_WAIT_MAX: Duration = Duration::from_secs(6);
 
+/// Heads that loads may see between two pages: those of seconds at any rate that a database commits at.
+const SEEN_MAX: usize = 4_096;
+
+/// A position that no log has.
+const NOWHERE: Position = Position {
+    seq: i64::MAX,
+    uid: 0,
+};
+
 /// Waits between attempts to connect: doubled from the first to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LAST: Duration = Duration::from_secs(3);
@@ -64,8 +73,10 @@ pub struct Progress {
     believed_from: AtomicI64,
     /// Leases from after this make the log one that is not believed, because nobody has inspected it for too long.
     inspection_due: Mutex<Option<BootTime>>,
-    /// The greatest position that any load or page has seen.
-    seen: Mutex<Position>,
+    /// The positions, ascending, that were the greatest that any load or page had seen, from the last that a page found
+    /// in the history on. Not the last alone: a load may have seen another history before a page did, and what it saw
+    /// must not stand for what is lost.
+    seen: Mutex<Vec<Position>>,
     renewed: Notify,
     /// A cached answer was found to be wrong: something changed that the log does not have.
     matrix_is_doubtful: AtomicBool,
@@ -140,13 +151,33 @@ impl Progress {
     /// Takes note of a position that is in the database's history.
     pub fn observe(&self, position: Position) {
         let mut seen = lock(&self.seen);
-        if position.seq > seen.seq {
-            *seen = position;
+        if seen.last().is_some_and(|last| position.seq <= last.seq) {
+            return;
         }
+        // Nobody can tell any more: the next page will not find this one, and starts over.
+        let too_many = seen.len() >= SEEN_MAX;
+        seen.push(if too_many { NOWHERE } else { position });
     }
 
-    fn seen(&self) -> Position {
-        *lock(&self.seen)
+    /// Whether the cache has applied later entries than this one, and not this one: it is of another history.
+    #[must_use]
+    pub fn has_passed_without(&self, position: Position) -> bool {
+        let lease: Guard<Option<Arc<Lease>>> = self.lease.load();
+        lease.as_deref().is_some_and(|lease| {
+            position.seq <= lease.applied.seq
+                && self.history.recall(position, lease.epoch) != Standing::Holds
+        })
+    }
+
+    fn seen(&self) -> Vec<Position> {
+        lock(&self.seen).clone()
+    }
+
+    /// A page has found these: the last of them stands for the others.
+    fn confirm(&self, found: &[Position]) {
+        if let Some(last) = found.last() {
+            lock(&self.seen).retain(|position| position.seq >= last.seq);
+        }
     }
 
     /// Puts a newer lease in the place of the present one.
@@ -177,7 +208,7 @@ impl Progress {
                 Ordering::Acquire,
             );
         }
-        *lock(&self.seen) = head;
+        *lock(&self.seen) = vec![head];
     }
 }
 
@@ -235,12 +266,15 @@ impl Feed {
                 continue;
             };
             let seen = self.progress.seen();
-            let (page, sent_at) = within(read_page(&mut log, url, cursor, seen)).await?;
+            let (page, sent_at) = within(read_page(&mut log, url, cursor, &seen)).await?;
             if !page.history_holds {
-                tracing::error!(lost = %seen, "the log's history changed: starting over at its head");
+                let lost = seen.last().copied().unwrap_or_default();
+                tracing::error!(%lost, "the log's history changed: starting over at its head");
                 self.cursor = None;
                 continue;
             }
+            self.progress.confirm(&seen);
+            self.progress.observe(page.next.applied);
             self.progress.history.extend(&page.entries);
             for (seq, change) in &page.changes {
                 self.cache.apply(*seq, change);
@@ -281,7 +315,7 @@ async fn read_page(
     log: &mut LogReader,
     url: &DatabaseUrl,
     cursor: Cursor,
-    seen: Position,
+    seen: &[Position],
 ) -> Result<(Page, BootTime), StoreError> {
     let (other, page, sent_at) = {
         let sent_at = BootTime::now();

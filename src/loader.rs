@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use crate::{
-    cache::{Cache, Entry},
+    cache::{Cache, Entry, Epoch},
     feed::Progress,
     model::{BootTime, Position, Subject},
     store::{MISS_CONNECTIONS_MAX, Store, StoreError, load::ReadFrom},
@@ -150,6 +150,12 @@ impl Source {
         let epoch = self.cache.epoch();
         let loaded = self.store.load(&subjects, from).await?;
         self.progress.observe(loaded.head);
+        // It answers whoever asked. But the cache would give it out at a position of the history that it follows still.
+        let epoch = if self.progress.has_passed_without(loaded.head) {
+            Epoch::NEVER
+        } else {
+            epoch
+        };
         let entries = loaded
             .subjects
             .into_iter()

@@ -6,8 +6,20 @@
 # the names of the tests begin with. Killed means: it builds, and one of those tests fails on what it asserts. A patch
 # that does not apply, does not build, whose migration does not run, or whose tests do not exist or fail without it,
 # is an error. Arguments: parts of the names of the patches to try; none: all.
+#
+# With --torture first: the patches that also have `# tortured-by:`, each under a run of the torture that is long enough
+# to find it, of a fixed seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+tests=killed-by
+options=()
+if [ "${1:-}" = --torture ]; then
+    shift
+    tests=tortured-by
+    options=(--ignored --nocapture)
+    export CHECKS=${CHECKS:-200000} TIMES=${TIMES:-2} SEED=${SEED:-7}
+fi
 
 root=$PWD
 work=${CARGO_TARGET_DIR:-$root/target}/mutants
@@ -34,7 +46,7 @@ run_tests() { # KILLED_BY
     esac
     cd "$tree"
     cargo test --locked --quiet "${binary[@]}" --no-run >"$log" 2>&1 || return 2
-    cargo test --locked --quiet "${binary[@]}" -- "${names[@]:1}" >"$log" 2>&1 </dev/null && return 0
+    cargo test --locked --quiet "${binary[@]}" -- "${options[@]}" "${names[@]:1}" >"$log" 2>&1 </dev/null && return 0
     grep -q '^test result: FAILED' "$log" || return 2
     # A migration that does not run fails every test of a database, and says nothing about the check.
     if grep -q "an .Err. value: Failed { name: " "$log"; then
@@ -54,7 +66,7 @@ report() { # VERDICT PATCH WHAT
 patches=()
 for patch in "$root"/tests/mutants/*.patch; do
     for part in "${@:-}"; do
-        if [[ $(basename "$patch") == *"$part"* ]]; then
+        if [[ $(basename "$patch") == *"$part"* ]] && [ -n "$(header $tests "$patch")" ]; then
             patches+=("$patch")
             break
         fi
@@ -71,7 +83,7 @@ git archive "${snapshot:-HEAD}" | tar -xmf - -C "$tree"
 bad=0
 known_good=''
 for patch in "${patches[@]}"; do
-    killed_by=$(header killed-by "$patch")
+    killed_by=$(header $tests "$patch")
     if [[ $known_good != *"|$killed_by|"* ]]; then
         if ! (run_tests "$killed_by"); then
             report ERROR "$patch" "its tests fail without it: $killed_by"

@@ -50,17 +50,19 @@ pub struct Page {
     pub next: Cursor,
     /// Whether the page ends because it is full rather than because the log does.
     pub full: bool,
-    /// Whether the position that was asked about is in this database's history.
+    /// Whether the positions that were asked about are in this database's history.
     pub history_holds: bool,
 }
 
-/// $1, $2: a position that must be there. $3, $4: the cursor. $5: rows a page.
+/// $1, $2: positions that must all be there. $3, $4: the cursor. $5: rows a page.
 /// Entries first, then each one's rows, each limited: a page costs the same in the middle of a large entry. An entry
 /// that touches everything needs none of its rows. Of an override, `users` are those whose mention changed, when
 /// nothing else did; a list of lists, which PostgreSQL allows and nobody means, is not taken apart.
 pub const READ_PAGE: &str = "
 SELECT pg_is_in_recovery(),
-       $1::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $1 AND uid = $2::integer),
+       NOT EXISTS (SELECT FROM unnest($1::bigint[], $2::integer[]) seen (seq, uid)
+                   WHERE seen.seq <> 0
+                     AND NOT EXISTS (SELECT FROM hallpass.log l WHERE l.seq = seen.seq AND l.uid = seen.uid)),
        page.seq, page.uid, page.everything, page.n, page.org_id, page.affected_user_id, page.users
 FROM (VALUES (1)) one
 LEFT JOIN LATERAL (
@@ -238,27 +240,25 @@ impl LogReader {
         load::decode_head(&row, 1)
     }
 
-    /// The page after `cursor`, of at most `rows_max` rows; says whether `seen` is in the history.
+    /// The page after `cursor`, of at most `rows_max` rows; says whether all of `seen` are in the history.
     ///
     /// # Errors
     /// When the database is away or a standby.
     pub async fn page(
         &self,
         cursor: Cursor,
-        seen: Position,
+        seen: &[Position],
         rows_max: i64,
     ) -> Result<Page, StoreError> {
+        let seqs: Vec<i64> = seen.iter().map(|position| position.seq).collect();
+        let uids: Vec<i32> = (seen.iter())
+            .map(|position| position.uid.cast_signed())
+            .collect();
         let rows = self
             .client
             .query(
                 &self.read_page,
-                &[
-                    &seen.seq,
-                    &seen.uid.cast_signed(),
-                    &cursor.entry.seq,
-                    &cursor.row,
-                    &rows_max,
-                ],
+                &[&seqs, &uids, &cursor.entry.seq, &cursor.row, &rows_max],
             )
             .await?;
         let first = rows

@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+use hallpass_client::v1::{
+    BatchCheckPermissionsItem, BatchCheckPermissionsRequest,
+    batch_check_permissions_result::Result as ItemResult,
+};
 use tokio_postgres::Client;
 use tonic_health::pb::health_check_response::ServingStatus;
 
@@ -236,6 +240,103 @@ async fn a_history_that_lost_commits_is_another() {
         assert_all_right(&server, &client).await;
         server.stop().await;
     }
+}
+
+/// While it lives, the feed of a test's services stays away from the database; their other connections stay.
+struct FeedAway<'a>(&'a Client);
+
+impl<'a> FeedAway<'a> {
+    async fn send(client: &'a Client) -> Self {
+        const END_FEED: &str = "
+            SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+            WHERE datname = current_database() AND query LIKE '%page.everything%' AND pid <> pg_backend_pid()";
+        let away = Self(client);
+        away.admit(0).await;
+        assert_eq!(client.query(END_FEED, &[]).await.unwrap().len(), 1);
+        away
+    }
+
+    async fn back(self) {
+        self.admit(-1).await;
+    }
+
+    /// The superuser comes in always.
+    async fn admit(&self, connections: i32) {
+        let admit = format!(
+            "DO $$ BEGIN
+                 EXECUTE format('ALTER DATABASE %I CONNECTION LIMIT {connections}', current_database());
+             END $$"
+        );
+        self.0.batch_execute(&admit).await.unwrap();
+    }
+}
+
+const UNDO_PAT: &str = "UPDATE public.profiles SET role = 'parent_member' WHERE user_id = :pat";
+const CAM_AND_VIC: &str = "UPDATE public.profiles SET role = 'admin' WHERE user_id = :cam;
+                           UPDATE public.profiles SET role = 'admin' WHERE user_id = :vic";
+
+/// While the feed is away loads go on, and see a position of the new history that is greater than any that was lost.
+#[tokio::test]
+async fn a_history_that_a_load_has_seen_first_is_another_all_the_same() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let server = Server::start(config(&database.url)).await;
+    let kept = head(&client).await;
+    set_role(&client, "lincoln", "pat", "admin").await;
+    server.catch_up(&client).await;
+    while !server.check("lincoln", "pat", APPROVE).await.is_cached() {}
+
+    let away = FeedAway::send(&client).await;
+    fail_over(&client, kept, UNDO_PAT, CAM_AND_VIC).await;
+    let seen = server.check_now("lincoln", "cam", APPROVE).await;
+    assert_eq!(seen.seq(), kept + 2);
+    away.back().await;
+
+    server.catch_up(&client).await;
+    assert_all_right(&server, &client).await;
+    server.stop().await;
+}
+
+/// What the cache would say of it has a position that this history never had.
+#[tokio::test]
+async fn what_a_load_finds_in_another_history_is_not_remembered() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    let server = Server::start(config(&database.url)).await;
+    let kept = head(&client).await;
+    for role in ["admin", "volunteer", "admin"] {
+        set_role(&client, "lincoln", "pat", role).await;
+    }
+    server.catch_up(&client).await;
+    while !server.check("lincoln", "pat", APPROVE).await.is_cached() {}
+
+    let away = FeedAway::send(&client).await;
+    fail_over(&client, kept, UNDO_PAT, CAM_AND_VIC).await;
+    for _ in 0..2 {
+        let found = server.check("franklin", "stranger", APPROVE).await;
+        assert_eq!(found.seq(), kept + 2, "{found}");
+        assert!(!found.is_cached());
+    }
+    // Nor does it share a batch with what is remembered of the history before.
+    let items = ["pat", "nobody"].map(|user| BatchCheckPermissionsItem {
+        organization_id: id("lincoln").to_string(),
+        user_id: id(user).to_string(),
+        permission: APPROVE.to_owned(),
+    });
+    let request = BatchCheckPermissionsRequest {
+        items: items.into(),
+        consistency: None,
+    };
+    let batch = server.client().batch_check_permissions(request).await;
+    let batch = batch.unwrap().into_inner();
+    assert_eq!(seq(&batch.evidence.unwrap().position), kept + 2);
+    let [pat, nobody] = [0, 1].map(|item: usize| batch.results[item].result.clone().unwrap());
+    assert!(matches!(pat, ItemResult::Error(_)), "{pat:?}");
+    assert!(matches!(nobody, ItemResult::Answer(_)), "{nobody:?}");
+    away.back().await;
+    server.stop().await;
 }
 
 /// The lost commits reach back before the service's own inspection.

@@ -223,7 +223,7 @@ async fn an_entry_of_100_000_rows_comes_in_pages() {
     let mut cursor = Cursor::after(before);
     let mut users = BTreeSet::new();
     loop {
-        let page = log.page(cursor, before, PAGE_ROWS).await.unwrap();
+        let page = log.page(cursor, &[before], PAGE_ROWS).await.unwrap();
         assert!(page.changes.len() <= usize::try_from(PAGE_ROWS).unwrap());
         for (seq, change) in page.changes {
             assert_eq!(seq, after.seq);

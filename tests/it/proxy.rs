@@ -24,6 +24,10 @@ pub(crate) enum Way {
     Open,
     /// Connections are made and kept, and nothing comes through.
     Silent,
+    /// What is asked comes through, and no answer.
+    Deaf,
+    /// Connections that are made meanwhile lose every notification, and nothing else.
+    Unnotified,
     /// Nobody listens, and every connection has ended.
     Closed,
 }
@@ -76,7 +80,10 @@ async fn listen(
     let mut changes = way.clone();
     // Until the test ends, and the sender with it.
     while changes.wait_for(|way| *way != Way::Closed).await.is_ok() {
-        let listener = UnixListener::bind(&path).unwrap();
+        // Its directory is gone where the proxy is.
+        let Ok(listener) = UnixListener::bind(&path) else {
+            return;
+        };
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
@@ -87,7 +94,7 @@ async fn listen(
                 }
             }
         }
-        std::fs::remove_file(&path).unwrap();
+        drop(std::fs::remove_file(&path));
     }
 }
 
@@ -101,20 +108,25 @@ async fn connect(
     let Ok(far) = UnixStream::connect(target).await else {
         return;
     };
+    let unnotified = *way.borrow() == Way::Unnotified;
     let (near_read, near_write) = near.into_split();
     let (far_read, far_write) = far.into_split();
     // When one direction ends, so does the connection.
     tokio::select! {
-        () = pass_on(near_read, far_write, way.clone(), deaf.clone()) => {}
-        () = pass_on(far_read, near_write, way, deaf) => {}
+        () = pass_on(near_read, far_write, way.clone(), deaf.clone(), &[Way::Silent], None) => {}
+        () = pass_on(far_read, near_write, way, deaf, &[Way::Silent, Way::Deaf], unnotified.then(Vec::new)) => {}
     }
 }
 
+/// What is on its way when the way falls silent arrives when it opens, as a network repeats it. `messages`: what has come
+/// of the next one, where notifications are to be left out.
 async fn pass_on(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     mut way: watch::Receiver<Way>,
     deaf: watch::Receiver<u64>,
+    silent: &[Way],
+    mut messages: Option<Vec<u8>>,
 ) {
     let mut buffer = vec![0; 1 << 16];
     loop {
@@ -124,10 +136,35 @@ async fn pass_on(
         if deaf.has_changed().unwrap_or(true) {
             std::future::pending().await
         }
-        if way.wait_for(|way| *way != Way::Silent).await.is_err()
-            || to.write_all(&buffer[..count]).await.is_err()
-        {
+        if way.wait_for(|way| !silent.contains(way)).await.is_err() {
+            return;
+        }
+        let passed = match &mut messages {
+            Some(partial) => {
+                partial.extend(&buffer[..count]);
+                to.write_all(&without_notifications(partial)).await
+            }
+            None => to.write_all(&buffer[..count]).await,
+        };
+        if passed.is_err() {
             return;
         }
     }
+}
+
+/// Takes the whole messages out of what a server has sent: a byte that says what it is, and the length of the rest.
+fn without_notifications(sent: &mut Vec<u8>) -> Vec<u8> {
+    let mut passed = Vec::new();
+    while let Some(length) = sent.get(1..5) {
+        let length = u32::from_be_bytes(length.try_into().unwrap());
+        let end = 1 + usize::try_from(length).unwrap();
+        if sent.len() < end {
+            break;
+        }
+        let message: Vec<u8> = sent.drain(..end).collect();
+        if message[0] != b'A' {
+            passed.extend(message);
+        }
+    }
+    passed
 }

@@ -77,6 +77,6 @@ async fn what_a_standby_says_is_refused() {
     assert!(matches!(found, Err(StoreError::Standby)));
     let log = LogReader::open(&url).await.unwrap();
     assert!(matches!(log.head().await, Err(StoreError::Standby)));
-    let page = log.page(Cursor::after(Position::ZERO), Position::ZERO, 10);
+    let page = log.page(Cursor::after(Position::ZERO), &[], 10);
     assert!(matches!(page.await, Err(StoreError::Standby)));
 }

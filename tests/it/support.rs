@@ -52,9 +52,24 @@ pub(crate) fn options(data_dir: &Path) -> Options {
 
 /// A temporary directory that postgres' user can reach when the tests run as root.
 pub(crate) fn temporary_directory() -> tempfile::TempDir {
+    directory_in("/tmp")
+}
+
+/// As [`temporary_directory`], in memory where the machine has such a place. Files outlive a process that is killed
+/// wherever they are; a disk would only make a test wait.
+pub(crate) fn directory_in_memory() -> tempfile::TempDir {
+    const MEMORY: &str = "/dev/shm";
+    directory_in(if Path::new(MEMORY).is_dir() {
+        MEMORY
+    } else {
+        "/tmp"
+    })
+}
+
+fn directory_in(parent: &str) -> tempfile::TempDir {
     let directory = tempfile::Builder::new()
         .prefix("hallpass-")
-        .tempdir_in("/tmp")
+        .tempdir_in(parent)
         .unwrap();
     fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
     directory

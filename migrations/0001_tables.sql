@@ -202,7 +202,9 @@ BEGIN
         UNION ALL
         SELECT 'ROUTINE ' || p.oid::regprocedure, proowner, coalesce(proacl, acldefault('f', proowner))
         FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
-        WHERE pronamespace = own OR nspname = 'public' AND proname = ANY (closed_names)
+        WHERE pronamespace = own
+           OR p.oid IN (SELECT to_regprocedure('public.' || f.signature) FROM hallpass.public_function() f
+                        WHERE f.name = ANY (closed_names))
     LOOP
         CALL hallpass.revoke_all(opened.object, opened.owner, opened.acl);
     END LOOP;
@@ -237,7 +239,7 @@ CREATE PROCEDURE hallpass.keep_privileges(new_object text, acl aclitem[])
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     INSERT INTO hallpass.intended_privilege (grantee, privilege, object)
-    SELECT rolname, privilege_type, new_object
+    SELECT DISTINCT rolname, privilege_type, new_object
     FROM aclexplode(acl) JOIN pg_roles r ON r.oid = grantee
     WHERE rolbypassrls AND rolname <> current_user AND privilege_type IN ('SELECT', 'EXECUTE');
 END $$;

@@ -89,6 +89,10 @@ CREATE TABLE hallpass.log_pending (
     pass smallint NOT NULL DEFAULT 1
 );
 
+-- Where a publication is FOR ALL TABLES, a row without an identity cannot be deleted.
+ALTER TABLE hallpass.log_pending REPLICA IDENTITY FULL;
+ALTER TABLE hallpass.permission_audit_log_default REPLICA IDENTITY FULL;
+
 -- Consumer: hallpass.has_pending.
 CREATE INDEX log_pending_xid ON hallpass.log_pending (xid);
 

@@ -204,6 +204,8 @@ BEGIN
             CASE old.tgenabled WHEN 'A' THEN 'ALWAYS' WHEN 'R' THEN 'REPLICA' ELSE '' END, old.tgname));
     END LOOP;
     IF to_regclass('public.permission_audit_log') IS NOT NULL THEN
+        SELECT relacl INTO old FROM pg_class WHERE oid = 'public.permission_audit_log'::regclass;
+        CALL hallpass.keep_privileges('TABLE public.permission_audit_log', old.relacl);
         ALTER TABLE public.permission_audit_log RENAME TO permission_audit_log_before_hallpass;
         INSERT INTO hallpass.undo (statement)
         VALUES ('ALTER TABLE public.permission_audit_log_before_hallpass RENAME TO permission_audit_log');

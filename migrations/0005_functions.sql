@@ -32,8 +32,9 @@ CREATE OR REPLACE FUNCTION public.user_has_org_permission(user_id_param uuid, pe
 RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    -- Cast: a function that takes a varchar here, whoever made it, would fit better, and run as the owner.
     RETURN public.user_has_permission_in_org(
-        hallpass.only_organization(user_id_param), user_id_param, permission_key_param);
+        hallpass.only_organization(user_id_param), user_id_param, permission_key_param::text);
 END $$;
 
 CALL hallpass.make_room('user_has_org_permission_enhanced(uuid, text, boolean)', in_place => true);

@@ -33,17 +33,21 @@ WITH shape AS (
           AND e.columns = w.columns AND e.included @> w.included)
 )
 SELECT statement FROM missing m, LATERAL (
-    SELECT 1 AS step, format('INSERT INTO hallpass.undo (statement, step) VALUES (%L, %L)',
-                             regexp_replace(pg_get_indexdef(in_the_way), 'INDEX', 'INDEX CONCURRENTLY'), 'LAST') AS statement
-    WHERE (SELECT indisvalid FROM pg_index WHERE indexrelid = in_the_way)
+    -- Both before anything is dropped: undone backwards, whatever has the name goes and what had it comes back.
+    SELECT 1 AS step, undone FROM pg_index, LATERAL (
+        SELECT regexp_replace(pg_get_indexdef(in_the_way), 'INDEX', 'INDEX CONCURRENTLY')) u (undone)
+    WHERE indexrelid = in_the_way AND indisvalid
     UNION ALL
-    SELECT 2, format('DROP INDEX CONCURRENTLY public.%I', name) WHERE in_the_way IS NOT NULL
+    SELECT 2, format('DROP INDEX CONCURRENTLY IF EXISTS public.%I', name)
     UNION ALL
-    SELECT 3, format('INSERT INTO hallpass.undo (statement, step) VALUES (%L, %L)',
-                     format('DROP INDEX CONCURRENTLY IF EXISTS public.%I', name), 'LAST')
+    SELECT 3, format('DROP INDEX CONCURRENTLY public.%I', name) WHERE in_the_way IS NOT NULL
     UNION ALL
     SELECT 4, concat_ws(' ', 'CREATE', CASE WHEN is_unique THEN 'UNIQUE' END, 'INDEX CONCURRENTLY', name, 'ON',
                         format('public.%I (%s)', target, array_to_string(columns, ', ')),
                         'INCLUDE (' || nullif(array_to_string(included, ', '), '') || ')')
-) steps
+) steps (step, sql), LATERAL (
+    -- An attempt that was cut short has said what it undoes.
+    SELECT CASE WHEN step > 2 THEN sql ELSE format(
+        'INSERT INTO hallpass.undo (statement, step) SELECT %1$L, %2$L WHERE NOT EXISTS (SELECT FROM hallpass.undo WHERE statement = %1$L)',
+        sql, 'LAST') END AS statement) said
 ORDER BY target, name, step

@@ -68,6 +68,7 @@ fn say(progress: Progress) {
     match progress {
         Progress::Note(note) => println!("note: {note}"),
         Progress::Applied(name) => println!("applied {name}"),
+        Progress::Building(statement) => println!("{statement}"),
         Progress::Waiting(name) => println!("{name} waits for a lock on a table that is in use"),
     }
 }

@@ -5,6 +5,10 @@ WITH own AS (
     WHERE nspname = 'hallpass'
        OR nspname = 'public' AND relkind IN ('v', 'm') AND relname IN (SELECT name FROM hallpass.public_object)
     UNION ALL
+    -- The keys that adoption built: a foreign key may have come to use one.
+    SELECT oid, 0 FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'i'
+       AND EXISTS (SELECT FROM hallpass.undo u WHERE u.statement LIKE 'DROP INDEX %.' || quote_ident(relname))
+    UNION ALL
     SELECT oid, 0 FROM pg_proc WHERE pronamespace = to_regnamespace('hallpass')
     UNION ALL
     SELECT to_regprocedure('public.' || signature), 0

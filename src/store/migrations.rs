@@ -112,6 +112,10 @@ pub enum MigrateError {
     Locked,
     #[error("hallpass cannot be put on this database, and nothing was changed:\n- {}", .0.join("\n- "))]
     Blocked(Vec<String>),
+    #[error(
+        "a legal hold is in force, which would go with schema hallpass: set lifted_at in hallpass.legal_hold first"
+    )]
+    Held,
     #[error("hallpass is not on this database")]
     NotInstalled,
     #[error("hallpass cannot be taken off this database, and nothing was changed: drop or change what uses it\n- {}", .0.join("\n- "))]
@@ -129,9 +133,9 @@ const READ_APPLIED: &str =
 
 const IS_INSTALLED: &str = "SELECT to_regclass('hallpass.schema_migrations') IS NOT NULL";
 
-/// Every name in a migration is qualified; nothing is found, or made, by the login's search path.
-pub(super) const SESSION: &str =
-    "SET search_path = pg_catalog; SET client_min_messages = warning;\n";
+/// Every name of ours is qualified; nothing is found, or made, by the login's search path, where others may have made
+/// functions of PostgreSQL's names. Filling a view or an index takes as long as it takes.
+pub(super) const SESSION: &str = "SET search_path = pg_catalog, pg_temp; SET client_min_messages = warning; SET statement_timeout = 0;\n";
 
 const INSTALL: &str = "
 CREATE SCHEMA IF NOT EXISTS hallpass;
@@ -199,6 +203,8 @@ pub enum Progress {
     /// Of a database that hallpass is put on for the first time: what will change.
     Note(String),
     Applied(&'static str),
+    /// An index is built or dropped CONCURRENTLY, which waits for every transaction that began before it.
+    Building(String),
     /// Somebody holds a lock that is needed; it is tried again.
     Waiting(&'static str),
 }
@@ -224,7 +230,7 @@ pub async fn migrate_to(
     version: i32,
     mut progress: impl FnMut(Progress),
 ) -> Result<(), MigrateError> {
-    let connection = DedicatedConnection::open(url, None).await?;
+    let connection = open(url).await?;
     let client = &connection.client;
     lock(client).await?;
     let missing = missing(&connection).await?;
@@ -235,11 +241,13 @@ pub async fn migrate_to(
         }
         notes.into_iter().for_each(|n| progress(Progress::Note(n)));
     }
-    run(client, "the first step", SESSION).await?;
     for migration in missing.into_iter().filter(|m| m.version <= version) {
         let name = migration.name;
         if migration.sql.starts_with(RUNS_WHAT_IT_SELECTS) {
             for statement in first_column(client, migration.sql).await? {
+                if statement.contains("CONCURRENTLY") && !statement.starts_with("INSERT") {
+                    progress(Progress::Building(statement.clone()));
+                }
                 run(client, name, &statement).await?;
             }
             run(client, name, &migration.record()).await?;
@@ -256,7 +264,7 @@ pub async fn migrate_to(
 /// # Errors
 /// When the schema is not this program's, or the database is away.
 pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
-    let connection = DedicatedConnection::open(url, None).await?;
+    let connection = open(url).await?;
     let client = &connection.client;
     let missing = missing(&connection).await?;
     // What comes after a failure counts on what failed.
@@ -284,6 +292,13 @@ pub async fn plan(url: &DatabaseUrl) -> Result<String, MigrateError> {
         }
     }
     Ok(script)
+}
+
+/// A connection on which nothing is found that others have made.
+pub(super) async fn open(url: &DatabaseUrl) -> Result<DedicatedConnection, MigrateError> {
+    let connection = DedicatedConnection::open(url, None).await?;
+    run(&connection.client, "the first step", SESSION).await?;
+    Ok(connection)
 }
 
 pub(super) async fn missing(

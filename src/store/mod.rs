@@ -204,6 +204,9 @@ async fn connect(config: &Config) -> Result<(Client, Connection<Socket, NoTlsStr
 /// Connections that answer misses. More would not help: a load is CPU of the database, and misses share statements.
 pub const MISS_CONNECTIONS_MAX: usize = 8;
 
+/// Connections beside these for short questions, so that no load waits behind them: two about positions, one about health.
+const ASIDE_CONNECTIONS_MAX: usize = 3;
+
 /// Connections that answer what people ask for: explained checks, lists and counts. Few, and none of them a miss's.
 pub const READ_CONNECTIONS_MAX: usize = 4;
 
@@ -229,7 +232,7 @@ impl Store {
     pub fn new(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let config = url.with_statement_timeout(Some(LOAD_TIMEOUT));
         Ok(Self {
-            misses: Connections::new(config.clone(), MISS_CONNECTIONS_MAX)?,
+            misses: Connections::new(config.clone(), MISS_CONNECTIONS_MAX + ASIDE_CONNECTIONS_MAX)?,
             reads: Connections::new(config, READ_CONNECTIONS_MAX)?,
             catalog: ArcSwap::default(),
         })

@@ -104,6 +104,20 @@ UNION ALL
 SELECT true, format('%s belongs to %I, whose rights %I has not: run this as %2$I', target, pg_get_userbyid(relowner), current_user)
 FROM tables WHERE NOT pg_has_role(relowner, 'USAGE')
 UNION ALL
+SELECT true, format('%s belongs to %I and public.profiles to %I: one role must own them', t.target,
+                    pg_get_userbyid(t.relowner), pg_get_userbyid(p.relowner))
+FROM tables t JOIN tables p ON p.name = 'profiles' AND p.relowner <> t.relowner WHERE pg_has_role(t.relowner, 'USAGE')
+UNION ALL
+SELECT true, 'public.hallpass_audit_log is none that `migrate --uninstall` has left: rename it'
+FROM pg_class c WHERE c.oid = to_regclass('public.hallpass_audit_log')
+ AND (relkind <> 'p' OR NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attname = 'entry_id' AND NOT attisdropped)
+      OR EXISTS (SELECT FROM tables WHERE tables.relowner <> c.relowner))
+UNION ALL
+SELECT true, format('public.%I is a unique index of other columns, and hallpass needs the name: rename it', c.relname)
+FROM pg_class c JOIN pg_index i ON i.indexrelid = c.oid
+WHERE c.relnamespace = 'public'::regnamespace AND indisunique AND indisvalid
+  AND c.relname IN ('idx_profiles_user_org', 'idx_profiles_org_role')
+UNION ALL
 SELECT true, format('row-level security on %s hides rows from %I, its owner: ALTER TABLE %1$s NO FORCE ROW LEVEL SECURITY', target, current_user)
 FROM tables WHERE pg_has_role(relowner, 'USAGE') AND row_security_active(oid)
 
@@ -146,6 +160,16 @@ SELECT true, format('trigger %I on %s writes to permission_audit_log, which chan
 FROM pg_trigger t JOIN audit_writers w ON w.oid = t.tgfoid
 WHERE tgenabled <> 'D' AND tgrelid NOT IN (SELECT oid FROM tables) AND EXISTS (SELECT FROM audit_log)
 
+UNION ALL
+SELECT true, format('trigger %I on %s calls %s, which inserts into permission_audit_log: drop or disable it', tgname,
+                    tgrelid::regclass, w.name)
+FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+JOIN audit_writers w ON NOT w.is_trigger AND p.prosrc ~ ('\m' || split_part(w.name, '.', 2) || '\M')
+WHERE tgenabled <> 'D' AND NOT tgisinternal AND EXISTS (SELECT FROM audit_log)
+
+UNION ALL
+SELECT false, 'anybody may create objects in schema public: REVOKE CREATE ON SCHEMA public FROM PUBLIC'
+WHERE has_schema_privilege('public', 'public', 'CREATE')
 UNION ALL
 SELECT false, format('%s is the user of a membership', CASE user_column WHEN 'id' THEN 'profiles.id' ELSE 'profiles.user_id' END)
 FROM shape WHERE to_regclass('public.profiles') IS NOT NULL

@@ -9,10 +9,10 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
 use super::{
-    DatabaseUrl, DedicatedConnection, StoreError,
+    DatabaseUrl, StoreError,
     migrations::{
         LOCK_POLL, MIGRATIONS, MigrateError, Progress, SESSION, first_column, is_true, lock,
-        missing, run, run_with_locks, transaction,
+        missing, open, run, run_with_locks, transaction,
     },
 };
 
@@ -26,6 +26,11 @@ const UNINSTALLING: &str = "uninstalling";
 /// Whether an earlier uninstall came no further than to bring back what was replaced.
 const IS_LEFT_OVER: &str = "
 SELECT to_regclass('hallpass.schema_migrations') IS NULL AND to_regclass('hallpass.undo') IS NOT NULL";
+
+/// Guarded: an installation that came to no end has no such table.
+const HAS_HOLD: &str = "
+SELECT to_regclass('hallpass.legal_hold') IS NOT NULL
+   AND query_to_xml('SELECT FROM hallpass.legal_hold WHERE lifted_at IS NULL', false, false, '')::text LIKE '%<row>%'";
 
 /// Those of this database; pg_locks shows everybody's to everybody.
 const RUNNING_TRANSACTIONS: &str = "
@@ -43,20 +48,25 @@ pub async fn uninstall(
     url: &DatabaseUrl,
     mut progress: impl FnMut(Progress),
 ) -> Result<(), MigrateError> {
-    let connection = DedicatedConnection::open(url, None).await?;
+    let connection = open(url).await?;
     let client = &connection.client;
     lock(client).await?;
     let is_left_over = is_true(client, IS_LEFT_OVER).await?;
     if !is_left_over && missing(&connection).await?.len() == MIGRATIONS.len() {
         return Err(MigrateError::NotInstalled);
     }
+    if !is_left_over && is_true(client, HAS_HOLD).await? {
+        return Err(MigrateError::Held);
+    }
     let dependents = first_column(client, DEPENDENTS).await?;
     if !dependents.is_empty() {
         return Err(MigrateError::Used(dependents));
     }
     if !is_left_over {
+        let first = first_column(client, UNDO_FIRST).await?;
         // By the search path that the application's names are found by.
-        for statement in first_column(client, UNDO_FIRST).await? {
+        run(client, UNINSTALLING, "RESET search_path").await?;
+        for statement in first {
             run(client, UNINSTALLING, &statement).await?;
         }
         run(client, UNINSTALLING, SESSION).await?;
@@ -64,7 +74,6 @@ pub async fn uninstall(
         run_with_locks(client, UNINSTALLING, &script, &mut progress).await?;
         outlast_transactions(client).await?;
     }
-    run(client, UNINSTALLING, SESSION).await?;
     for statement in first_column(client, UNDO_LAST).await? {
         run(client, UNINSTALLING, &statement).await?;
     }

@@ -230,40 +230,40 @@ pub(crate) const CASES: &[Case] = &[
     phase_2(
         "CREATE VIEW latest AS SELECT user_id, org_id, matrix_generated_at FROM user_permission_matrix",
         &[
-            "view latest depends on public.user_permission_matrix, which is replaced: drop it, and make it again afterwards",
+            "view public.latest depends on public.user_permission_matrix, which is replaced: drop it, and make it again afterwards",
         ],
     ),
     phase_2(
         "CREATE POLICY by_list ON events
          USING (EXISTS (SELECT FROM get_user_permissions_bulk(auth.uid()) WHERE has_permission))",
         &[
-            "policy by_list on table events depends on public.get_user_permissions_bulk(uuid, text), which is replaced: drop it, and make it again afterwards",
+            "policy by_list on table public.events depends on public.get_user_permissions_bulk(uuid, text), which is replaced: drop it, and make it again afterwards",
         ],
     ),
     phase_2(
         "CREATE FUNCTION rows_of(uuid) RETURNS SETOF user_permission_matrix LANGUAGE sql AS
              'SELECT * FROM user_permission_matrix WHERE user_id = $1'",
         &[
-            "function rows_of(uuid) depends on public.user_permission_matrix, which is replaced: drop it, and make it again afterwards",
+            "function public.rows_of(uuid) depends on public.user_permission_matrix, which is replaced: drop it, and make it again afterwards",
         ],
     ),
     phase_2(
         "CREATE FUNCTION list_of(uuid) RETURNS user_permission_matrix[] LANGUAGE sql AS 'SELECT ARRAY[CAST(NULL AS user_permission_matrix)]'",
         &[
-            "function list_of(uuid) depends on public.user_permission_matrix, which is replaced: drop it, and make it again afterwards",
+            "function public.list_of(uuid) depends on public.user_permission_matrix, which is replaced: drop it, and make it again afterwards",
         ],
     ),
     phase_2(
         "ALTER TABLE events ADD refreshed text DEFAULT refresh_permission_materialized_views()",
         &[
-            "default value for column refreshed of table events depends on public.refresh_permission_materialized_views(), which is replaced: drop it, and make it again afterwards",
+            "default value for column refreshed of table public.events depends on public.refresh_permission_materialized_views(), which is replaced: drop it, and make it again afterwards",
         ],
     ),
     // The audit log.
     phase_2(
         "CREATE TRIGGER audit_events AFTER INSERT ON events FOR EACH ROW EXECUTE FUNCTION log_permission_changes()",
         &[
-            "trigger audit_events on events writes to permission_audit_log, which changes its shape: drop or disable it",
+            "trigger audit_events on public.events writes to permission_audit_log, which changes its shape: drop or disable it",
         ],
     ),
     // Rows.
@@ -286,6 +286,34 @@ pub(crate) const CASES: &[Case] = &[
          VALUES ('events', 'can_view_events', 'See'), ('budget', 'can_view_budget', 'See')",
         &[
             "public.organization_permission_templates: 2 values of (permission_key) come more than once, such as (can_view_budget)",
+        ],
+    ),
+    phase_2(
+        "CREATE FUNCTION keep_record(org uuid, key text) RETURNS void LANGUAGE sql AS
+             $$ INSERT INTO permission_audit_log (org_id, permission_key, change_type) VALUES (org, key, 'UPDATE') $$;
+         CREATE FUNCTION record_setting() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN PERFORM keep_record(NEW.org_id, NEW.permission_key); RETURN NULL; END $$;
+         CREATE TRIGGER by_helper AFTER INSERT ON organization_permissions FOR EACH ROW EXECUTE FUNCTION record_setting()",
+        &[
+            "trigger by_helper on public.organization_permissions calls public.keep_record, which inserts into permission_audit_log: drop or disable it",
+        ],
+    ),
+    // Names that others have, or have made before us.
+    phase_1(
+        "CREATE UNIQUE INDEX idx_profiles_user_org ON profiles (user_id, email)",
+        &[
+            "public.idx_profiles_user_org is a unique index of other columns, and hallpass needs the name: rename it",
+        ],
+    ),
+    phase_1(
+        "CREATE TABLE hallpass_audit_log (id integer)",
+        &["public.hallpass_audit_log is none that `migrate --uninstall` has left: rename it"],
+    ),
+    phase_1(
+        "RESET ROLE; CREATE TABLE public.permission_roles (role_key text PRIMARY KEY, rank integer NOT NULL);
+         ALTER TABLE permission_roles OWNER TO service_role",
+        &[
+            "public.permission_roles belongs to service_role and public.profiles to pto_owner: one role must own them",
         ],
     ),
 ];

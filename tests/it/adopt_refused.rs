@@ -124,7 +124,7 @@ async fn the_command_lists_all_and_fails() {
         "- public.organization_permissions inherits from another table, is a partition of one, or has heirs: its triggers would not see every row",
         "- public.permission_roles has no column rank (integer)",
         "- function public.set_session_variables(uuid) has other arguments than hallpass's (uuid, uuid, uuid, text, text, text), and calls would still reach it: drop or rename it",
-        "- view latest depends on public.user_permission_matrix, which is replaced: drop it, and make it again afterwards",
+        "- view public.latest depends on public.user_permission_matrix, which is replaced: drop it, and make it again afterwards",
         "- public.organization_permission_templates: 6 values of (permission_key) come more than once, such as (can_approve_expenses)",
     ];
     assert_eq!(ran.complaint(), expected, "{name}");
@@ -172,7 +172,7 @@ async fn what_will_change_is_told() {
             "row-level security binds PUBLIC, anon, authenticated, who may no longer use public.analyze_permission_performance(), public.cleanup_old_audit_logs(integer), public.get_user_permissions_bulk(uuid, text), public.refresh_permission_materialized_views(), public.set_session_variables(uuid, uuid, uuid, text, text, text)",
             "row-level security binds anon, authenticated, who may no longer use public.org_permission_summary, public.user_permission_matrix",
             "public.permission_audit_log becomes public.permission_audit_log_before_hallpass",
-            "trigger permission_audit_trigger on organization_permissions is disabled: hallpass records instead",
+            "trigger permission_audit_trigger on public.organization_permissions is disabled: hallpass records instead",
             "function public.log_by_hand inserts into permission_audit_log and will fail from now on",
             "district_permission_templates is not read: what a district locks, hallpass does not know",
             "role 'chair ; of' of 1 members is not on the role ladder: it satisfies no permission",

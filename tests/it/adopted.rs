@@ -213,6 +213,7 @@ const GRANTED_IN_PHASE_2: &[&str] = &[
     "routine public.user_has_org_permission_enhanced(uuid, text, boolean) | authenticated | EXECUTE",
     "routine public.user_has_org_permission_enhanced(uuid, text, boolean) | service_role | EXECUTE",
     "table public.org_permission_summary | service_role | SELECT",
+    "table public.permission_audit_log | service_role | SELECT",
     "table public.user_permission_matrix | service_role | SELECT",
 ];
 

@@ -127,7 +127,9 @@ fn subject(organization: &str, user: &str) -> Subject {
     }
 }
 
-/// (what changes, which counter goes up by one and how many entries it removed, who is left).
+/// What changes, by how much each counter goes up, and who is left.
+type Case<'a> = (&'a str, [u64; 7], &'a dyn Fn(&Subject) -> bool);
+
 #[tokio::test]
 async fn invalidations_are_counted_by_cause_and_cost_what_they_must() {
     let database = Database::create().await;
@@ -160,7 +162,7 @@ async fn invalidations_are_counted_by_cause_and_cost_what_they_must() {
     let kept = head(&client).await;
     let lincoln = id("lincoln");
     #[rustfmt::skip]
-    let cases: [(&str, [u64; 7], &dyn Fn(&Subject) -> bool); 6] = [
+    let cases: [Case<'_>; 6] = [
         ("UPDATE public.profiles SET role = 'admin' WHERE org_id = :lincoln AND user_id = :bob",
          [1, 1, 0, 0, 0, 0, 0], &|known| *known != subject("lincoln", "bob")),
         // He had no entry.

@@ -7,6 +7,7 @@
 )]
 
 mod adopt_cases;
+mod adopt_guarded;
 mod adopt_indexes;
 mod adopt_load;
 mod adopt_refused;

@@ -32,7 +32,7 @@ fn names() -> Vec<&'static str> {
 fn applied_name(progress: Progress) -> Option<&'static str> {
     match progress {
         Progress::Applied(name) => Some(name),
-        Progress::Note(_) | Progress::Waiting(_) => None,
+        Progress::Note(_) | Progress::Building(_) | Progress::Waiting(_) => None,
     }
 }
 

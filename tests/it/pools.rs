@@ -40,13 +40,13 @@ SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'hallpass' AND state = 'active'
   AND query LIKE '%hallpass.load(%'";
 
-/// What a load of the service's leaves behind on its connections: nothing.
+/// What questions leave behind on the pools' connections: nothing.
 const UNCLEAN: &str = "
-SELECT (SELECT count(*) FROM pg_stat_activity
-        WHERE datname = current_database() AND application_name = 'hallpass' AND state LIKE 'idle in transaction%')
-     + (SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database
-        JOIN pg_stat_activity a USING (pid)
-        WHERE d.datname = current_database() AND a.application_name = 'hallpass' AND locktype = 'advisory')";
+SELECT count(*) FROM pg_stat_activity a
+WHERE datname = current_database() AND application_name = 'hallpass'
+  AND query ~ 'hallpass.(load|user_organizations|permission_holders)\\(|^SELECT pg_is_in_recovery\\(\\)$'
+  AND (state LIKE 'idle in transaction%'
+       OR EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND locktype = 'advisory'))";
 
 /// Makes a list wait for a lock that nobody else asks for.
 const HOLD_LISTS_UP: &str = "

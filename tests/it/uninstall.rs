@@ -156,6 +156,8 @@ async fn what_uses_hallpass_is_named_and_nothing_is_changed() {
          CREATE FUNCTION rows_of() RETURNS SETOF org_permission_summary LANGUAGE sql AS
              'SELECT * FROM org_permission_summary';
          CREATE VIEW audited AS SELECT id FROM permission_audit_log;
+         CREATE TABLE badges (org_id uuid, user_id uuid,
+                              FOREIGN KEY (org_id, user_id) REFERENCES profiles (org_id, user_id));
          RESET ROLE",
     )
     .await;
@@ -168,11 +170,12 @@ async fn what_uses_hallpass_is_named_and_nothing_is_changed() {
     };
     // What calls a function that stays, the application's own again, is no hindrance; nor is the audit log.
     let expected = [
-        "default value for column head of table heads depends on function hallpass.head()",
-        "function rows_of() depends on type org_permission_summary",
-        "policy by_name on table events depends on function user_has_permission_in_org(uuid,uuid,text)",
-        "view admins depends on materialized view user_permission_matrix",
-        "view everybody depends on view hallpass.members",
+        "constraint badges_org_id_user_id_fkey on table public.badges depends on index public.hallpass_members_key",
+        "default value for column head of table public.heads depends on function hallpass.head()",
+        "function public.rows_of() depends on type public.org_permission_summary",
+        "policy by_name on table public.events depends on function public.user_has_permission_in_org(uuid,uuid,text)",
+        "view public.admins depends on materialized view public.user_permission_matrix",
+        "view public.everybody depends on view hallpass.members",
     ];
     assert_eq!(users, &expected);
     let ran = hallpass(&[
@@ -190,7 +193,7 @@ async fn what_uses_hallpass_is_named_and_nothing_is_changed() {
 
     run(
         &client,
-        "DROP POLICY by_name ON events; DROP VIEW everybody, admins; DROP TABLE heads; DROP FUNCTION rows_of()",
+        "DROP POLICY by_name ON events; DROP VIEW everybody, admins; DROP TABLE heads, badges; DROP FUNCTION rows_of()",
     )
     .await;
     leave(&database.url).await;
@@ -310,7 +313,7 @@ async fn an_uninstall_that_was_cut_short_is_finished() {
     );
     let refused = uninstall(&url, |_| {}).await.unwrap_err().to_string();
     assert!(
-        refused.contains("- view meanwhile depends on view hallpass.members"),
+        refused.contains("- view public.meanwhile depends on view hallpass.members"),
         "{refused}"
     );
     let refused = migrate(&url, |_| {}).await.unwrap_err().to_string();

@@ -147,7 +147,7 @@ async fn every_index_has_a_consumer_that_uses_it() {
         .unwrap();
     let page = async || {
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
-            [&from, &0_i32, &from, &i32::MAX, &100_i64];
+            [&vec![from], &vec![0_i32], &from, &i32::MAX, &100_i64];
         assert_eq!(
             client.query(READ_PAGE, &parameters).await.unwrap().len(),
             100

@@ -5,8 +5,8 @@ use crate::history::{
     Mode::{self, AtLeastAsFresh, FullyConsistent, MaxStaleness, MinimizeLatency},
     Position, Reply,
     Wrong::{
-        self, OlderThanAsked, StaleAllow, StaleDeny, StalerThanAsked, UnknownPosition, WentBack,
-        WrongReason,
+        self, OlderThanAsked, OtherReason, StaleAllow, StaleDeny, StalerThanAsked, UnknownPosition,
+        WentBack,
     },
 };
 
@@ -116,7 +116,7 @@ fn a_fully_consistent_answer_has_what_was_acknowledged_before_it_was_asked_for()
             (Answer(FullyConsistent, 900, 1_000, ALLOW, at(0), 0), None),
             (
                 Answer(FullyConsistent, 1_500, 1_510, BY_NAME, at(10), 0),
-                Some(WrongReason),
+                Some(OtherReason),
             ),
             (
                 Answer(FullyConsistent, 1_500, 1_510, ALLOW, at(10), 1),

@@ -59,7 +59,7 @@ pub(crate) enum Wrong {
     /// Denied what was allowed all that time.
     StaleDeny,
     /// Allowed or denied rightly, for another reason than the one that held.
-    WrongReason,
+    OtherReason,
     /// A fully consistent answer is older than one that was given before it was asked for.
     WentBack,
     /// The evidence names a position that was never in the log.
@@ -253,7 +253,7 @@ impl History {
                 }
                 wrong = Wrong::WentBack;
             } else if version.decision.allowed == decision.allowed && wrong != Wrong::WentBack {
-                wrong = Wrong::WrongReason;
+                wrong = Wrong::OtherReason;
             }
         }
         let found = found.ok_or(wrong)?;

@@ -3,6 +3,11 @@
 //!
 //! `make torture CHECKS=10000000` runs it at length, from a seed that it prints; the suite has a few seconds of it.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "its runtimes have threads to spare, and what blocks is a process that starts or ends"
+)]
+
 mod book;
 mod faults;
 mod machines;

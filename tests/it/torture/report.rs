@@ -243,9 +243,9 @@ impl fmt::Display for Report {
             self.checks(),
             count(Wrong::StaleAllow),
             count(Wrong::StaleDeny),
-            count(Wrong::WrongReason),
+            count(Wrong::OtherReason),
             self.wrongs()
-                - [Wrong::StaleAllow, Wrong::StaleDeny, Wrong::WrongReason]
+                - [Wrong::StaleAllow, Wrong::StaleDeny, Wrong::OtherReason]
                     .map(count)
                     .iter()
                     .sum::<u64>(),

@@ -565,7 +565,7 @@ async fn a_page_of_the_log_reads_one_month() {
     .await;
     run(&client, "VACUUM ANALYZE").await;
     let page: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
-        [&0_i64, &0_i32, &1000_i64, &i32::MAX, &10_i64];
+        [&vec![0_i64], &vec![0_i32], &1000_i64, &i32::MAX, &10_i64];
     let explain = format!("EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF) {READ_PAGE}");
     let plan: Vec<String> = client
         .query(&explain, &page)

@@ -177,7 +177,7 @@ impl Checker {
                 .await
         };
         // What is cached and what was loaded share a position: they must not be of two histories.
-        let is_lost = (load.as_ref()).is_ok_and(|load| self.progress.has_passed_without(load.head));
+        let is_lost = load.as_ref().is_ok_and(|load| !load.history_holds);
         remembered
             .into_iter()
             .zip(subjects)

@@ -92,6 +92,15 @@ impl Progress {
         (lease.applied.seq >= self.believed_from.load(Ordering::Acquire)).then_some(*lease)
     }
 
+    /// The last entry that the cache has applied; the position before the first when there is no lease.
+    #[must_use]
+    pub fn lease_position(&self) -> Position {
+        let lease: Guard<Option<Arc<Lease>>> = self.lease.load();
+        lease
+            .as_deref()
+            .map_or(Position::ZERO, |lease| lease.applied)
+    }
+
     /// Whether the log is taken to hold every change.
     #[must_use]
     pub fn log_is_believed(&self) -> bool {
@@ -157,16 +166,6 @@ impl Progress {
         // Nobody can tell any more: the next page will not find this one, and starts over.
         let too_many = seen.len() >= SEEN_MAX;
         seen.push(if too_many { NOWHERE } else { position });
-    }
-
-    /// Whether the cache has applied later entries than this one, and not this one: it is of another history.
-    #[must_use]
-    pub fn has_passed_without(&self, position: Position) -> bool {
-        let lease: Guard<Option<Arc<Lease>>> = self.lease.load();
-        lease.as_deref().is_some_and(|lease| {
-            position.seq <= lease.applied.seq
-                && self.history.recall(position, lease.epoch) != Standing::Holds
-        })
     }
 
     fn seen(&self) -> Vec<Position> {

@@ -41,6 +41,8 @@ const SHARED_SUBJECTS_MAX: usize = 500;
 pub struct Load {
     pub entries: HashMap<Subject, Arc<Entry>>,
     pub head: Position,
+    /// Whether it is of the history that the cache followed when it was sent.
+    pub history_holds: bool,
     pub sent_at: BootTime,
 }
 
@@ -148,13 +150,16 @@ impl Source {
         sent_at: BootTime,
     ) -> Result<Load, StoreError> {
         let epoch = self.cache.epoch();
-        let loaded = self.store.load(&subjects, from).await?;
+        let loaded = self
+            .store
+            .load(&subjects, from, || self.progress.lease_position())
+            .await?;
         self.progress.observe(loaded.head);
         // It answers whoever asked. But the cache would give it out at a position of the history that it follows still.
-        let epoch = if self.progress.has_passed_without(loaded.head) {
-            Epoch::NEVER
-        } else {
+        let epoch = if loaded.history_holds {
             epoch
+        } else {
+            Epoch::NEVER
         };
         let entries = loaded
             .subjects
@@ -169,6 +174,7 @@ impl Source {
         Ok(Load {
             entries,
             head: loaded.head,
+            history_holds: loaded.history_holds,
             sent_at,
         })
     }

@@ -145,7 +145,12 @@ enum Comparison {
 async fn compare(store: &Store, sample: &Sample) -> Result<Comparison, StoreError> {
     let connection = store.reads.acquire().await?;
     let mut loaded = store
-        .load_on(connection, &[sample.subject], ReadFrom::View)
+        .load_on(
+            connection,
+            &[sample.subject],
+            ReadFrom::View,
+            Position::ZERO,
+        )
         .await?;
     let live = loaded
         .subjects

@@ -14,6 +14,8 @@ use crate::model::{
 /// What one load found: every subject that was asked for, and the head of its snapshot.
 pub struct Loaded {
     pub head: Position,
+    /// Whether the position that was asked about is in the history that this was read from.
+    pub history_holds: bool,
     pub subjects: HashMap<Subject, SubjectPermissions>,
 }
 
@@ -26,9 +28,11 @@ pub enum ReadFrom {
     View,
 }
 
+/// $4, $5: a position that the history must have.
 const LOAD: &str = "
 SELECT org_id, user_id, role, permission_keys, reasons, min_roles, enabled,
-       permission_names, module_names, head_seq, head_uid, in_recovery
+       permission_names, module_names, head_seq, head_uid, in_recovery,
+       $4::bigint = 0 OR EXISTS (SELECT FROM hallpass.log WHERE seq = $4 AND uid = $5::integer)
 FROM hallpass.load($1, $2, $3)";
 
 /// The facts behind one decision.
@@ -57,9 +61,15 @@ impl Store {
     ///
     /// # Errors
     /// When the database is away, a standby, or answers what it must not.
-    pub async fn load(&self, subjects: &[Subject], from: ReadFrom) -> Result<Loaded, StoreError> {
+    pub async fn load(
+        &self,
+        subjects: &[Subject],
+        from: ReadFrom,
+        applied: impl FnOnce() -> Position + Send,
+    ) -> Result<Loaded, StoreError> {
         let connection = self.misses.acquire().await?;
-        self.load_on(connection, subjects, from).await
+        // After the connection: it is to the database as it is now, and whatever was applied since is of this one.
+        self.load_on(connection, subjects, from, applied()).await
     }
 
     /// As [`Store::load`], on a connection that is no miss's.
@@ -71,12 +81,22 @@ impl Store {
         connection: Connection,
         subjects: &[Subject],
         from: ReadFrom,
+        applied: Position,
     ) -> Result<Loaded, StoreError> {
         let organizations: Vec<Uuid> = subjects.iter().map(|s| s.organization.0).collect();
         let users: Vec<Uuid> = subjects.iter().map(|s| s.user.0).collect();
         let believe_matrix = from == ReadFrom::MatrixOrView;
         let rows = connection
-            .query(LOAD, &[&organizations, &users, &believe_matrix])
+            .query(
+                LOAD,
+                &[
+                    &organizations,
+                    &users,
+                    &believe_matrix,
+                    &applied.seq,
+                    &applied.uid.cast_signed(),
+                ],
+            )
             .await?;
         let (header, members) = rows
             .split_first()
@@ -94,6 +114,7 @@ impl Store {
         }
         Ok(Loaded {
             head: decode_head(header, 9)?,
+            history_holds: header.try_get(12)?,
             subjects: loaded,
         })
     }

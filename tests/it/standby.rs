@@ -37,7 +37,12 @@ fn a_standby_is_not_asked() {
     let standby = PrivatePostgres::start(&options).unwrap();
     runtime.block_on(async {
         let store = Store::new(&url).unwrap();
-        assert!(store.load(&[somebody()], ReadFrom::View).await.is_err());
+        assert!(
+            store
+                .load(&[somebody()], ReadFrom::View, Position::default)
+                .await
+                .is_err()
+        );
         assert!(LogReader::open(&url).await.is_err());
     });
     standby.stop().unwrap();
@@ -67,7 +72,7 @@ async fn what_a_standby_says_is_refused() {
     client.batch_execute(BECOME_A_STANDBY).await.unwrap();
     let store = Store::new(&url).unwrap();
     for from in [ReadFrom::MatrixOrView, ReadFrom::View] {
-        let loaded = store.load(&[somebody()], from).await;
+        let loaded = store.load(&[somebody()], from, Position::default).await;
         assert!(matches!(loaded, Err(StoreError::Standby)), "{from:?}");
     }
     let connection = store.reads.acquire().await.unwrap();

@@ -41,8 +41,9 @@ BEGIN
     ORDER BY l.user_id;
 END $$;
 
--- A user's memberships, by organization, from the first organization id on.
-CREATE FUNCTION hallpass.user_organizations(asked_user_id uuid, first_org_id uuid, row_limit integer)
+-- A user's memberships of some organizations (NULL: all), by organization, from the first organization id on.
+CREATE FUNCTION hallpass.user_organizations(
+    asked_user_id uuid, among_org_ids uuid[], first_org_id uuid, row_limit integer)
 RETURNS TABLE (head_seq bigint, head_uid integer, in_recovery boolean, org_id uuid, role text)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
@@ -55,6 +56,7 @@ BEGIN
         SELECT m.org_id, m.role
         FROM hallpass.members m
         WHERE m.user_id = asked_user_id AND m.org_id >= first_org_id
+          AND (among_org_ids IS NULL OR m.org_id = ANY (among_org_ids))
         ORDER BY m.org_id LIMIT row_limit) listed ON true
     ORDER BY listed.org_id;
 END $$;
@@ -137,7 +139,7 @@ END $$;
 
 INSERT INTO hallpass.intended_privilege VALUES
     ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.permission_holders(uuid, text, uuid, integer)'),
-    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.user_organizations(uuid, uuid, integer)'),
+    ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.user_organizations(uuid, uuid[], uuid, integer)'),
     ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.organization_summary(uuid, boolean)');
 
 CALL hallpass.reset_privileges();

@@ -2,6 +2,8 @@
 //!
 //! Invariant: health says SERVING only once the schema was found current, while the log is believed and answers can be given.
 
+mod readiness;
+
 use std::{
     future::Future,
     num::{NonZeroU16, NonZeroU32},
@@ -14,31 +16,27 @@ use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
     task::{JoinError, JoinSet},
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{
     codec::CompressionEncoding,
-    transport::{
-        Server,
-        server::{Router, TcpIncoming},
-    },
+    service::Routes,
+    transport::{Server, server::TcpIncoming},
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 
+use self::readiness::{Readiness, prepare, wait_until_ready, warm_up, watch_health};
 use crate::{
+    auth::Authenticator,
     cache::Cache,
     check::Checker,
     feed::{self, Progress},
-    grpc::{permission_service::PermissionService, v1},
+    grpc::{gate::GateLayer, permission_service::PermissionService, v1},
     loader::Loader,
-    model::BootTime,
     selfcheck,
-    store::{
-        DatabaseUrl, DedicatedConnection, Store, StoreError,
-        migrations::{self, SchemaState},
-    },
+    store::{DatabaseUrl, Store, StoreError},
     upkeep,
 };
 
@@ -51,6 +49,7 @@ pub struct Config {
     pub staleness_bound: Duration,
     /// The most that a caller may ask for as `max_staleness`; not less than `staleness_bound`.
     pub staleness_ceiling: Duration,
+    pub authenticator: Arc<Authenticator>,
     pub cache_capacity: u64,
     pub warm_up_max: Duration,
     pub matrix_refresh_interval: Duration,
@@ -92,18 +91,6 @@ pub enum ServeError {
 
 /// The name under which health is asked for.
 const SERVICE: &str = v1::permission_service_server::SERVICE_NAME;
-
-/// Waits between looks at a database that is away or behind at start.
-const START_RETRY: Duration = Duration::from_millis(500);
-
-/// A database that does not say within this time which schema it has is away.
-const SCHEMA_WAIT_MAX: Duration = Duration::from_secs(10);
-
-/// How often the start looks for the first lease.
-const LEASE_POLL: Duration = Duration::from_millis(5);
-
-/// How often health is decided anew.
-const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A connection whose peer does not answer a ping is closed; so half-open ones do not pile up.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -147,8 +134,7 @@ pub async fn run(
 
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
-    let router = router()
-        .add_service(health_service)
+    let routes = Routes::new(health_service)
         .add_service(
             tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
@@ -175,7 +161,8 @@ pub async fn run(
     ));
     let stop = CancellationToken::new();
     let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
-        router,
+        routes,
+        GateLayer(Arc::clone(&config.authenticator)),
         listener,
         stop.clone().cancelled_owned(),
     )));
@@ -228,18 +215,18 @@ async fn drain(
     ended?
 }
 
-fn router() -> Server {
-    Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
-}
-
 async fn serve(
-    router: Router,
+    routes: Routes,
+    gate: GateLayer,
     listener: Listener,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
+    let router = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
+        .layer(gate)
+        .add_routes(routes);
     match listener {
         Listener::Tcp(listener) => {
             let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
@@ -256,26 +243,6 @@ async fn serve(
 async fn report(health: &HealthReporter, status: ServingStatus) {
     health.set_service_status("", status).await;
     health.set_service_status(SERVICE, status).await;
-}
-
-/// Returns when the schema is current and the pools are filled.
-async fn prepare(config: &Config, store: &Store) -> Result<(), ServeError> {
-    wait_for_schema(&config.database).await?;
-    let mut said = String::new();
-    loop {
-        match store.fill_pools().await {
-            Ok(()) => return Ok(()),
-            Err(StoreError::Refused(error)) => return Err(StoreError::Refused(error).into()),
-            Err(error) => say_once(&mut said, format!("the pools are not filled yet: {error}")),
-        }
-        sleep(START_RETRY).await;
-    }
-}
-
-/// What must have happened before the first answer. Each sender lives in a task that ends only with the service.
-struct Readiness {
-    inspected: watch::Receiver<bool>,
-    warmed: watch::Receiver<bool>,
 }
 
 fn spawn_background(
@@ -313,38 +280,6 @@ fn spawn_background(
     Readiness { inspected, warmed }
 }
 
-/// Returns when the log is inspected and followed, and the cache is warm or its time is up.
-async fn wait_until_ready(config: &Config, checker: &Checker, mut ready: Readiness) {
-    let started = Instant::now();
-    // An error is a task that has panicked, which ends the service.
-    drop(ready.inspected.wait_for(|inspected| *inspected).await);
-    wait_for_lease(checker).await;
-    let warm = ready.warmed.wait_for(|warmed| *warmed);
-    if timeout(config.warm_up_max, warm).await.is_err() {
-        tracing::warn!(
-            "the cache is not warm after {:?}: ready all the same",
-            config.warm_up_max
-        );
-    }
-    tracing::info!(elapsed = ?started.elapsed(), "ready");
-}
-
-/// Until there is a lease, the cache takes no entry or none is believed.
-async fn wait_for_lease(checker: &Checker) {
-    while checker.progress.lease().is_none() {
-        sleep(LEASE_POLL).await;
-    }
-}
-
-async fn warm_up(checker: Arc<Checker>, capacity: u64, has_warmed: watch::Sender<bool>) {
-    wait_for_lease(&checker).await;
-    let started = Instant::now();
-    if let Ok(users) = upkeep::warm_up(&checker.store, &checker.loader, capacity).await {
-        tracing::info!(users, elapsed = ?started.elapsed(), "warmed the cache");
-    }
-    has_warmed.send_replace(true);
-}
-
 /// Returns when a background task panics. Only the warm-up ends by itself.
 async fn first_failure(background: &mut JoinSet<()>) -> ServeError {
     loop {
@@ -354,86 +289,4 @@ async fn first_failure(background: &mut JoinSet<()>) -> ServeError {
             None => std::future::pending().await,
         }
     }
-}
-
-/// Returns when the schema is this program's; says once what it waits for.
-async fn wait_for_schema(url: &DatabaseUrl) -> Result<(), ServeError> {
-    let mut said = String::new();
-    loop {
-        let state = timeout(SCHEMA_WAIT_MAX, async {
-            let connection = DedicatedConnection::open(url, None).await?;
-            migrations::schema_state(&connection).await
-        });
-        let state = state.await.unwrap_or_else(|_| {
-            Err(StoreError::Unavailable(format!(
-                "no answer within {SCHEMA_WAIT_MAX:?}"
-            )))
-        });
-        let waits_for = match state {
-            Ok(SchemaState::Current) => return Ok(()),
-            Ok(SchemaState::Ahead(version)) => return Err(ServeError::SchemaAhead(version)),
-            Ok(SchemaState::Changed(names)) => return Err(ServeError::SchemaChanged(names)),
-            Ok(SchemaState::Behind(missing)) => {
-                format!(
-                    "waiting for `hallpass migrate`: {} migrations to apply",
-                    missing.len()
-                )
-            }
-            Err(StoreError::Unavailable(error)) => format!("waiting for the database: {error}"),
-            Err(StoreError::Standby) => "waiting for the primary: this is a standby".to_owned(),
-            Err(fatal) => return Err(fatal.into()),
-        };
-        say_once(&mut said, waits_for);
-        sleep(START_RETRY).await;
-    }
-}
-
-/// Logs a change of what is said, not each time.
-fn say_once(said: &mut String, now: String) {
-    if now != *said {
-        tracing::warn!("{now}");
-        *said = now;
-    }
-}
-
-/// Decides health until the service stops.
-async fn watch_health(
-    checker: &Checker,
-    health: &HealthReporter,
-    on_ready: impl FnOnce(),
-) -> Result<std::convert::Infallible, ServeError> {
-    let mut serving = false;
-    let mut on_ready = Some(on_ready);
-    loop {
-        let now = can_answer(checker).await;
-        if now != serving {
-            serving = now;
-            let status = if now {
-                ServingStatus::Serving
-            } else {
-                ServingStatus::NotServing
-            };
-            tracing::info!(%status, "health");
-            report(health, status).await;
-            if let (true, Some(on_ready)) = (now, on_ready.take()) {
-                on_ready();
-            }
-        }
-        sleep(HEALTH_INTERVAL).await;
-    }
-}
-
-/// From the cache, or else from the database; never while changes may go unrecorded.
-async fn can_answer(checker: &Checker) -> bool {
-    if !checker.progress.log_is_believed() {
-        return false;
-    }
-    let staleness = checker
-        .progress
-        .lease()
-        .map(|lease| BootTime::now().since(lease.sent_at));
-    if staleness.is_some_and(|staleness| staleness <= checker.staleness_bound) {
-        return true;
-    }
-    checker.store.ping().await.is_ok()
 }

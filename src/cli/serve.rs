@@ -7,6 +7,7 @@ use std::{
     path::Path,
     pin::pin,
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context, Error, anyhow, ensure};
@@ -14,6 +15,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::{database::Database, interrupted};
 use crate::{
+    auth::Authenticator,
     config::{
         DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, MAINTENANCE_INTERVAL,
         Secret, ServeSettings,
@@ -83,6 +85,7 @@ pub(super) async fn serve(
         feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
         staleness_bound: settings.staleness_bound,
         staleness_ceiling: settings.staleness_ceiling,
+        authenticator: Arc::new(Authenticator::open()),
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,

@@ -1,14 +1,15 @@
-//! Requests parsed: ids, keys, freshness, pages. Each function adds what is wrong to a list, so that a caller hears of
-//! every wrong field at once.
+//! Requests parsed: ids, keys, freshness, pages. [`Fields`] collects what is wrong, so that a caller hears of every wrong
+//! field at once, and holds each id against what the caller may ask about: an id is not to be had in any other way.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use tonic::Status;
+use tonic::{Request, Status};
 use tonic_types::FieldViolation;
 use uuid::Uuid;
 
 use super::{status, v1};
 use crate::{
+    auth::{Caller, Forbidden},
     check::Freshness,
     model::{OrganizationId, Position, Subject, UserId},
     store::lists::PageBounds,
@@ -26,58 +27,183 @@ const PAGE_SIZE_DEFAULT: u16 = 100;
 /// Rows of a page, well within the 4 MiB that clients take and the statement's time.
 const PAGE_SIZE_MAX: u16 = 1_000;
 
-pub(super) fn violation(
-    wrong: &mut Vec<FieldViolation>,
-    field: impl Into<String>,
-    description: impl Into<String>,
-) {
-    wrong.push(FieldViolation::new(field, description));
+/// Who sent a request: the gate has put it there, or the request has not come through the gate.
+pub(super) fn caller<T>(request: &Request<T>) -> Result<Arc<Caller>, Status> {
+    let caller = request.extensions().get::<Arc<Caller>>();
+    caller.cloned().ok_or_else(status::no_caller)
 }
 
-/// Parses both ids, so that a caller hears of both when both are wrong.
-pub(super) fn subject(
-    wrong: &mut Vec<FieldViolation>,
-    prefix: &str,
-    organization: &str,
-    user: &str,
-) -> Option<Subject> {
-    let organization = id(wrong, format_args!("{prefix}organization_id"), organization);
-    let user = id(wrong, format_args!("{prefix}user_id"), user);
-    Some(Subject {
-        organization: OrganizationId(organization?),
-        user: UserId(user?),
-    })
+/// The fields of one request (or of one item of a batch) as they are read.
+pub(super) struct Fields<'a> {
+    pub(super) caller: &'a Caller,
+    violations: Vec<FieldViolation>,
+    forbidden: Option<Forbidden>,
 }
 
-pub(super) fn organization(wrong: &mut Vec<FieldViolation>, value: &str) -> Option<OrganizationId> {
-    id(wrong, format_args!("organization_id"), value).map(OrganizationId)
-}
-
-pub(super) fn user(wrong: &mut Vec<FieldViolation>, value: &str) -> Option<UserId> {
-    id(wrong, format_args!("user_id"), value).map(UserId)
-}
-
-/// Only the hyphenated form: it is what PostgreSQL prints, and one id must not have two spellings in a log.
-fn id(
-    wrong: &mut Vec<FieldViolation>,
-    field: std::fmt::Arguments<'_>,
-    value: &str,
-) -> Option<Uuid> {
-    const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
-    match Uuid::try_parse(value) {
-        Ok(id) if value.len() == HYPHENATED => Some(id),
-        _ if value.is_empty() => {
-            violation(wrong, field.to_string(), "is missing: a hyphenated UUID");
-            None
+impl<'a> Fields<'a> {
+    pub(super) fn new(caller: &'a Caller) -> Self {
+        Self {
+            caller,
+            violations: Vec::new(),
+            forbidden: None,
         }
-        _ => {
-            violation(
-                wrong,
+    }
+
+    /// What was asked for, if every field fits and the caller may ask for it.
+    pub(super) fn all_fit<T>(self, asked: Option<T>) -> Result<T, Status> {
+        match (asked, self.forbidden) {
+            // What is malformed is nobody's, and says nothing of what exists.
+            _ if !self.violations.is_empty() => Err(status::invalid(self.violations)),
+            (_, Some(forbidden)) => Err(status::forbidden(forbidden)),
+            (Some(asked), None) => Ok(asked),
+            (None, None) => Err(status::invalid(self.violations)),
+        }
+    }
+
+    pub(super) fn violation(&mut self, field: impl Into<String>, description: impl Into<String>) {
+        self.violations
+            .push(FieldViolation::new(field, description));
+    }
+
+    fn allow<T>(&mut self, asked: T, allowed: Result<(), Forbidden>) -> Option<T> {
+        match allowed {
+            Ok(()) => Some(asked),
+            Err(forbidden) => {
+                self.forbidden = Some(forbidden);
+                None
+            }
+        }
+    }
+
+    /// Parses both ids, so that a caller hears of both when both are wrong.
+    pub(super) fn subject(
+        &mut self,
+        prefix: &str,
+        organization: &str,
+        user: &str,
+    ) -> Option<Subject> {
+        let organization = self.id(format_args!("{prefix}organization_id"), organization);
+        let user = self.id(format_args!("{prefix}user_id"), user);
+        let subject = Subject {
+            organization: OrganizationId(organization?),
+            user: UserId(user?),
+        };
+        self.allow(subject, self.caller.may_ask_about(subject))
+    }
+
+    /// An organization that is asked about as a whole.
+    pub(super) fn organization(&mut self, value: &str) -> Option<OrganizationId> {
+        let organization = OrganizationId(self.id(format_args!("organization_id"), value)?);
+        self.allow(organization, self.caller.may_ask_about_all_of(organization))
+    }
+
+    /// A user that is asked about in all organizations that the caller may ask about.
+    pub(super) fn user(&mut self, value: &str) -> Option<UserId> {
+        let user = UserId(self.id(format_args!("user_id"), value)?);
+        self.allow(user, self.caller.may_ask_about_user(user))
+    }
+
+    /// Only the hyphenated form: it is what PostgreSQL prints, and one id must not have two spellings in a log.
+    fn id(&mut self, field: std::fmt::Arguments<'_>, value: &str) -> Option<Uuid> {
+        const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
+        match Uuid::try_parse(value) {
+            Ok(id) if value.len() == HYPHENATED => Some(id),
+            _ if value.is_empty() => {
+                self.violation(field.to_string(), "is missing: a hyphenated UUID");
+                None
+            }
+            _ => {
+                let complaint = format!("must be a hyphenated UUID, not `{}`", shown(value));
+                self.violation(field.to_string(), complaint);
+                None
+            }
+        }
+    }
+
+    /// A permission's or a module's key, as far as PostgreSQL can hold it.
+    pub(super) fn key(&mut self, field: std::fmt::Arguments<'_>, key: &str) {
+        if key.is_empty() || key.len() > KEY_BYTES_MAX {
+            let found = key.len();
+            self.violation(
                 field.to_string(),
-                format!("must be a hyphenated UUID, not `{}`", shown(value)),
+                format!("must be 1 to {KEY_BYTES_MAX} bytes, not {found}"),
             );
-            None
+        } else if key.contains('\0') {
+            self.violation(field.to_string(), "must not contain a NUL character");
         }
+    }
+
+    /// The mode asked for; `staleness_ceiling` is the most that `max_staleness` may be.
+    pub(super) fn freshness(
+        &mut self,
+        consistency: Option<v1::Consistency>,
+        staleness_ceiling: Duration,
+    ) -> Freshness {
+        use v1::consistency::Requirement;
+        let Some(consistency) = consistency else {
+            return Freshness::MinimizeLatency;
+        };
+        match consistency.requirement {
+            Some(Requirement::MinimizeLatency(true)) => {}
+            Some(Requirement::FullyConsistent(true)) => return Freshness::FullyConsistent,
+            Some(Requirement::MaxStaleness(max)) => match duration(max) {
+                Some(max) if max <= staleness_ceiling => return Freshness::MaxStaleness(max),
+                _ => self.violation(
+                    "consistency.max_staleness",
+                    format!("must be from 0 to {staleness_ceiling:?}, this server's ceiling"),
+                ),
+            },
+            Some(Requirement::AtLeastAsFresh(text)) => match text.parse() {
+                // Every answer is.
+                Ok(Position::ZERO) => {}
+                Ok(position) => return Freshness::AtLeastAsFresh(position),
+                Err(error) => self.violation(
+                    "consistency.at_least_as_fresh",
+                    format!(
+                        "{error}: not a position such as `812-5f0c9ae1`: `{}`",
+                        shown(&text)
+                    ),
+                ),
+            },
+            Some(Requirement::MinimizeLatency(false)) => {
+                self.violation("consistency.minimize_latency", "must be true when set");
+            }
+            Some(Requirement::FullyConsistent(false)) => {
+                self.violation("consistency.fully_consistent", "must be true when set");
+            }
+            None => self.violation("consistency", "holds no requirement that this server knows"),
+        }
+        Freshness::MinimizeLatency
+    }
+
+    /// The page asked for. Without a query, which is malformed then, a token is judged by its form alone.
+    pub(super) fn page(
+        &mut self,
+        size: i32,
+        token: &str,
+        query: Option<&PagedQuery<'_>>,
+    ) -> PageBounds {
+        if size < 0 {
+            self.violation("page_size", format!("must be 0 or more, not {size}"));
+        }
+        let size = match u16::try_from(size) {
+            Ok(0) => PAGE_SIZE_DEFAULT,
+            Ok(size) => size.min(PAGE_SIZE_MAX),
+            Err(_) => PAGE_SIZE_MAX,
+        };
+        let first = match token_parts(token) {
+            _ if token.is_empty() => Uuid::nil(),
+            None => {
+                self.violation("page_token", "is no token of this service");
+                Uuid::nil()
+            }
+            Some((digest, _)) if query.is_some_and(|query| query.digest() != digest) => {
+                self.violation("page_token", "belongs to another query");
+                Uuid::nil()
+            }
+            Some((_, first)) => first,
+        };
+        PageBounds { first, size }
     }
 }
 
@@ -93,81 +219,6 @@ fn shown(value: &str) -> String {
     shown
 }
 
-/// A permission's or a module's key, as far as PostgreSQL can hold it.
-pub(super) fn check_key(
-    wrong: &mut Vec<FieldViolation>,
-    field: std::fmt::Arguments<'_>,
-    key: &str,
-) {
-    if key.is_empty() || key.len() > KEY_BYTES_MAX {
-        let found = key.len();
-        violation(
-            wrong,
-            field.to_string(),
-            format!("must be 1 to {KEY_BYTES_MAX} bytes, not {found}"),
-        );
-    } else if key.contains('\0') {
-        violation(wrong, field.to_string(), "must not contain a NUL character");
-    }
-}
-
-/// The mode asked for; `staleness_ceiling` is the most that `max_staleness` may be.
-pub(super) fn freshness(
-    wrong: &mut Vec<FieldViolation>,
-    consistency: Option<v1::Consistency>,
-    staleness_ceiling: Duration,
-) -> Freshness {
-    use v1::consistency::Requirement;
-    let Some(consistency) = consistency else {
-        return Freshness::MinimizeLatency;
-    };
-    match consistency.requirement {
-        Some(Requirement::MinimizeLatency(true)) => {}
-        Some(Requirement::FullyConsistent(true)) => return Freshness::FullyConsistent,
-        Some(Requirement::MaxStaleness(max)) => match duration(max) {
-            Some(max) if max <= staleness_ceiling => return Freshness::MaxStaleness(max),
-            _ => violation(
-                wrong,
-                "consistency.max_staleness",
-                format!("must be from 0 to {staleness_ceiling:?}, this server's ceiling"),
-            ),
-        },
-        Some(Requirement::AtLeastAsFresh(text)) => match text.parse() {
-            // Every answer is.
-            Ok(Position::ZERO) => {}
-            Ok(position) => return Freshness::AtLeastAsFresh(position),
-            Err(error) => violation(
-                wrong,
-                "consistency.at_least_as_fresh",
-                format!(
-                    "{error}: not a position such as `812-5f0c9ae1`: `{}`",
-                    shown(&text)
-                ),
-            ),
-        },
-        Some(Requirement::MinimizeLatency(false)) => {
-            violation(
-                wrong,
-                "consistency.minimize_latency",
-                "must be true when set",
-            );
-        }
-        Some(Requirement::FullyConsistent(false)) => {
-            violation(
-                wrong,
-                "consistency.fully_consistent",
-                "must be true when set",
-            );
-        }
-        None => violation(
-            wrong,
-            "consistency",
-            "holds no requirement that this server knows",
-        ),
-    }
-    Freshness::MinimizeLatency
-}
-
 /// A duration in the form that protobuf gives it, which no other value has.
 fn duration(value: prost_types::Duration) -> Option<Duration> {
     let nanos = u32::try_from(value.nanos)
@@ -177,20 +228,15 @@ fn duration(value: prost_types::Duration) -> Option<Duration> {
 }
 
 pub(super) fn parse_item(
-    (index, item): (usize, &v1::BatchCheckPermissionsItem),
+    caller: &Caller,
+    index: usize,
+    item: &v1::BatchCheckPermissionsItem,
 ) -> Result<Subject, Status> {
-    let mut wrong = Vec::new();
+    let mut fields = Fields::new(caller);
     let prefix = format!("items[{index}].");
-    let subject = subject(&mut wrong, &prefix, &item.organization_id, &item.user_id);
-    check_key(
-        &mut wrong,
-        format_args!("{prefix}permission"),
-        &item.permission,
-    );
-    match subject {
-        Some(subject) if wrong.is_empty() => Ok(subject),
-        _ => Err(status::invalid(wrong)),
-    }
+    let subject = fields.subject(&prefix, &item.organization_id, &item.user_id);
+    fields.key(format_args!("{prefix}permission"), &item.permission);
+    fields.all_fit(subject)
 }
 
 /// The query that a page belongs to: what must be the same from page to page.
@@ -229,36 +275,6 @@ impl PagedQuery<'_> {
 /// Leads a token. Another version would have another form.
 const TOKEN_VERSION: char = '1';
 
-/// The page asked for. Without a query, which is malformed then, a token is judged by its form alone.
-pub(super) fn page(
-    wrong: &mut Vec<FieldViolation>,
-    size: i32,
-    token: &str,
-    query: Option<&PagedQuery<'_>>,
-) -> PageBounds {
-    if size < 0 {
-        violation(wrong, "page_size", format!("must be 0 or more, not {size}"));
-    }
-    let size = match u16::try_from(size) {
-        Ok(0) => PAGE_SIZE_DEFAULT,
-        Ok(size) => size.min(PAGE_SIZE_MAX),
-        Err(_) => PAGE_SIZE_MAX,
-    };
-    let first = match token_parts(token) {
-        _ if token.is_empty() => Uuid::nil(),
-        None => {
-            violation(wrong, "page_token", "is no token of this service");
-            Uuid::nil()
-        }
-        Some((digest, _)) if query.is_some_and(|query| query.digest() != digest) => {
-            violation(wrong, "page_token", "belongs to another query");
-            Uuid::nil()
-        }
-        Some((_, first)) => first,
-    };
-    PageBounds { first, size }
-}
-
 /// The digest of the query and the first id.
 fn token_parts(token: &str) -> Option<(u128, Uuid)> {
     let digits = token.strip_prefix(TOKEN_VERSION)?;
@@ -283,9 +299,10 @@ mod tests {
     };
 
     fn complaint(size: i32, token: &str) -> Result<PageBounds, String> {
-        let mut wrong = Vec::new();
-        let bounds = page(&mut wrong, size, token, Some(&QUERY));
-        match wrong.pop() {
+        let caller = Caller::anyone();
+        let mut fields = Fields::new(&caller);
+        let bounds = fields.page(size, token, Some(&QUERY));
+        match fields.violations.pop() {
             None => Ok(bounds),
             Some(violation) => Err(violation.field),
         }

@@ -3,9 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use tonic::{Request, Response, Status};
-use tonic_types::FieldViolation;
 
-use super::{parse, parse::PagedQuery, status, v1};
+use super::{
+    parse::{self, Fields, PagedQuery},
+    status, v1,
+};
 use crate::{
     check::{Checker, Evidence, Freshness, Known, Source},
     loader::LoadError,
@@ -41,14 +43,6 @@ impl PermissionService {
             staleness_ceiling,
         }
     }
-
-    fn freshness(
-        &self,
-        wrong: &mut Vec<FieldViolation>,
-        consistency: Option<v1::Consistency>,
-    ) -> Freshness {
-        parse::freshness(wrong, consistency, self.staleness_ceiling)
-    }
 }
 
 #[tonic::async_trait]
@@ -58,14 +52,13 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         request: Request<v1::CheckPermissionRequest>,
     ) -> Result<Response<v1::CheckPermissionResponse>, Status> {
         let arrived = BootTime::now();
+        let caller = parse::caller(&request)?;
         let request = request.into_inner();
-        let mut wrong = Vec::new();
-        let subject = parse::subject(&mut wrong, "", &request.organization_id, &request.user_id);
-        parse::check_key(&mut wrong, format_args!("permission"), &request.permission);
-        let freshness = self.freshness(&mut wrong, request.consistency);
-        let (Some(subject), true) = (subject, wrong.is_empty()) else {
-            return Err(status::invalid(wrong));
-        };
+        let mut fields = Fields::new(&caller);
+        let subject = fields.subject("", &request.organization_id, &request.user_id);
+        fields.key(format_args!("permission"), &request.permission);
+        let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
+        let subject = fields.all_fit(subject)?;
         if request.explain {
             let (explanation, evidence) = self
                 .checker
@@ -88,25 +81,23 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         request: Request<v1::BatchCheckPermissionsRequest>,
     ) -> Result<Response<v1::BatchCheckPermissionsResponse>, Status> {
         let arrived = BootTime::now();
+        let caller = parse::caller(&request)?;
         let request = request.into_inner();
-        let mut wrong = Vec::new();
+        let mut fields = Fields::new(&caller);
         if request.items.is_empty() || request.items.len() > BATCH_ITEMS_MAX {
             let found = request.items.len();
-            parse::violation(
-                &mut wrong,
+            fields.violation(
                 "items",
                 format!("must be 1 to {BATCH_ITEMS_MAX} items, not {found}"),
             );
         }
-        let freshness = self.freshness(&mut wrong, request.consistency);
-        if !wrong.is_empty() {
-            return Err(status::invalid(wrong));
-        }
+        let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
+        fields.all_fit(Some(()))?;
         let parsed: Vec<Result<Subject, Status>> = request
             .items
             .iter()
             .enumerate()
-            .map(parse::parse_item)
+            .map(|(index, item)| parse::parse_item(&caller, index, item))
             .collect();
         let subjects: Vec<Subject> = parsed
             .iter()
@@ -161,16 +152,15 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         request: Request<v1::ListUserPermissionsRequest>,
     ) -> Result<Response<v1::ListUserPermissionsResponse>, Status> {
         let arrived = BootTime::now();
+        let caller = parse::caller(&request)?;
         let request = request.into_inner();
-        let mut wrong = Vec::new();
-        let subject = parse::subject(&mut wrong, "", &request.organization_id, &request.user_id);
+        let mut fields = Fields::new(&caller);
+        let subject = fields.subject("", &request.organization_id, &request.user_id);
         if !request.module.is_empty() {
-            parse::check_key(&mut wrong, format_args!("module"), &request.module);
+            fields.key(format_args!("module"), &request.module);
         }
-        let freshness = self.freshness(&mut wrong, request.consistency);
-        let (Some(subject), true) = (subject, wrong.is_empty()) else {
-            return Err(status::invalid(wrong));
-        };
+        let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
+        let subject = fields.all_fit(subject)?;
         let known = self.checker.know(subject, freshness, arrived).await?;
         let permissions = list(known.permissions())
             .filter(|permission| request.module.is_empty() || permission.module == request.module)
@@ -189,26 +179,19 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         request: Request<v1::ListPermissionHoldersRequest>,
     ) -> Result<Response<v1::ListPermissionHoldersResponse>, Status> {
         let arrived = BootTime::now();
+        let caller = parse::caller(&request)?;
         let request = request.into_inner();
-        let mut wrong = Vec::new();
-        let organization = parse::organization(&mut wrong, &request.organization_id);
-        parse::check_key(&mut wrong, format_args!("permission"), &request.permission);
+        let mut fields = Fields::new(&caller);
+        let organization = fields.organization(&request.organization_id);
+        fields.key(format_args!("permission"), &request.permission);
         let query = organization.map(|organization| PagedQuery {
             call: "ListPermissionHolders",
             id: organization.0,
             key: &request.permission,
         });
-        let bounds = parse::page(
-            &mut wrong,
-            request.page_size,
-            &request.page_token,
-            query.as_ref(),
-        );
-        let freshness = self.freshness(&mut wrong, request.consistency);
-        let (Some(organization), Some(query), true) = (organization, query, wrong.is_empty())
-        else {
-            return Err(status::invalid(wrong));
-        };
+        let bounds = fields.page(request.page_size, &request.page_token, query.as_ref());
+        let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
+        let (organization, query) = fields.all_fit(organization.zip(query))?;
         let permission = request.permission.clone();
         let list = async move |connection: Connection| {
             let page = connection
@@ -234,26 +217,23 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         request: Request<v1::ListUserOrganizationsRequest>,
     ) -> Result<Response<v1::ListUserOrganizationsResponse>, Status> {
         let arrived = BootTime::now();
+        let caller = parse::caller(&request)?;
         let request = request.into_inner();
-        let mut wrong = Vec::new();
-        let user = parse::user(&mut wrong, &request.user_id);
+        let mut fields = Fields::new(&caller);
+        let user = fields.user(&request.user_id);
         let query = user.map(|user| PagedQuery {
             call: "ListUserOrganizations",
             id: user.0,
             key: "",
         });
-        let bounds = parse::page(
-            &mut wrong,
-            request.page_size,
-            &request.page_token,
-            query.as_ref(),
-        );
-        let freshness = self.freshness(&mut wrong, request.consistency);
-        let (Some(user), Some(query), true) = (user, query, wrong.is_empty()) else {
-            return Err(status::invalid(wrong));
-        };
+        let bounds = fields.page(request.page_size, &request.page_token, query.as_ref());
+        let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
+        let (user, query) = fields.all_fit(user.zip(query))?;
+        let organizations = caller.organizations.clone();
         let list = async move |connection: Connection| {
-            let page = connection.user_organizations(user, bounds).await?;
+            let page = connection
+                .user_organizations(user, organizations.listed(), bounds)
+                .await?;
             Ok((page.head, page))
         };
         let (page, evidence) = self.checker.read(freshness, arrived, list).await?;
@@ -273,13 +253,12 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         request: Request<v1::GetOrganizationSummaryRequest>,
     ) -> Result<Response<v1::GetOrganizationSummaryResponse>, Status> {
         let arrived = BootTime::now();
+        let caller = parse::caller(&request)?;
         let request = request.into_inner();
-        let mut wrong = Vec::new();
-        let organization = parse::organization(&mut wrong, &request.organization_id);
-        let freshness = self.freshness(&mut wrong, request.consistency);
-        let (Some(organization), true) = (organization, wrong.is_empty()) else {
-            return Err(status::invalid(wrong));
-        };
+        let mut fields = Fields::new(&caller);
+        let organization = fields.organization(&request.organization_id);
+        let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
+        let organization = fields.all_fit(organization)?;
         // What must be fresh is counted, whatever the log says of the summary.
         let from = match freshness {
             Freshness::FullyConsistent => ReadFrom::View,

@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt, pb};
 
 use crate::{
+    auth::{AuthError, Forbidden},
     check::CheckError,
     loader::LoadError,
     model::{OrganizationId, Position},
@@ -40,6 +41,44 @@ pub(super) fn organization_not_found(organization: OrganizationId) -> Status {
         format!("no organization has the id {}", organization.0),
         details,
     )
+}
+
+/// A request that has not come through the gate: a defect, and nobody is let in by one.
+pub(super) fn no_caller() -> Status {
+    Status::internal("the caller is not known")
+}
+
+/// Who calls is not known, and has to be.
+pub(super) fn unauthenticated(error: AuthError) -> Status {
+    let (code, reason) = match error {
+        AuthError::Missing => (Code::Unauthenticated, "CREDENTIAL_MISSING"),
+        AuthError::Invalid => (Code::Unauthenticated, "CREDENTIAL_INVALID"),
+        AuthError::Expired => (Code::Unauthenticated, "CREDENTIAL_EXPIRED"),
+        AuthError::Revoked => (Code::Unauthenticated, "CREDENTIAL_REVOKED"),
+        AuthError::Unavailable => (Code::Unavailable, "CREDENTIALS_UNAVAILABLE"),
+    };
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    if error == AuthError::Unavailable {
+        details.set_retry_info(Some(RETRY_UNAVAILABLE));
+    }
+    Status::with_error_details(code, error.to_string(), details)
+}
+
+/// Who calls is known, and may not ask this.
+pub(super) fn forbidden(forbidden: Forbidden) -> Status {
+    let reason = match forbidden {
+        Forbidden::Scope(_) => "SCOPE_MISSING",
+        Forbidden::Organization => "ORGANIZATION_NOT_ALLOWED",
+        Forbidden::User => "USER_NOT_ALLOWED",
+    };
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    Status::with_error_details(Code::PermissionDenied, forbidden.to_string(), details)
+}
+
+/// Nobody serves this path.
+pub(super) fn no_such_method() -> Status {
+    let details = ErrorDetails::with_error_info("METHOD_UNKNOWN", DOMAIN, HashMap::new());
+    Status::with_error_details(Code::Unimplemented, "no such method", details)
 }
 
 impl From<CheckError> for Status {

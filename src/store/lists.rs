@@ -65,7 +65,7 @@ FROM hallpass.permission_holders($1, $2, $3, $4)";
 
 const USER_ORGANIZATIONS: &str = "
 SELECT head_seq, head_uid, in_recovery, org_id, role
-FROM hallpass.user_organizations($1, $2, $3)";
+FROM hallpass.user_organizations($1, $2, $3, $4)";
 
 const ORGANIZATION_SUMMARY: &str = "
 SELECT head_seq, head_uid, in_recovery, org_id, org_name,
@@ -101,18 +101,24 @@ impl Connection {
         })
     }
 
-    /// A user's memberships, by organization.
+    /// A user's memberships of these organizations (`None`: all), by organization.
     ///
     /// # Errors
     /// As [`Connection::permission_holders`].
     pub async fn user_organizations(
         self,
         user: UserId,
+        among: Option<&[OrganizationId]>,
         bounds: PageBounds,
     ) -> Result<Page<UserOrganization>, StoreError> {
         let limit = bounds.row_limit();
+        let among: Option<Vec<Uuid>> =
+            among.map(|among| among.iter().map(|organization| organization.0).collect());
         let rows = self
-            .query(USER_ORGANIZATIONS, &[&user.0, &bounds.first, &limit])
+            .query(
+                USER_ORGANIZATIONS,
+                &[&user.0, &among, &bounds.first, &limit],
+            )
             .await?;
         decode_page(&rows, bounds, |row| {
             Ok(UserOrganization {

@@ -55,7 +55,7 @@ const CONSUMERS: &[Consumer] = &[
         indexes: &["idx_profiles_org_role", OVERRIDE],
     },
     Consumer {
-        sql: "SELECT hallpass.user_organizations(md5('u7')::uuid, md5('o1')::uuid, 101)",
+        sql: "SELECT hallpass.user_organizations(md5('u7')::uuid, NULL, md5('o1')::uuid, 101)",
         indexes: &[MEMBER],
     },
     Consumer {

@@ -52,7 +52,7 @@ WHERE datname = current_database() AND application_name = 'hallpass'
 const HOLD_LISTS_UP: &str = "
 DO $$
 DECLARE
-    definition text := pg_get_functiondef('hallpass.user_organizations(uuid, uuid, integer)'::regprocedure);
+    definition text := pg_get_functiondef('hallpass.user_organizations(uuid, uuid[], uuid, integer)'::regprocedure);
 BEGIN
     EXECUTE replace(definition, E'\nBEGIN\n', E'\nBEGIN\n    PERFORM pg_advisory_xact_lock_shared(42);\n');
 END $$;

@@ -28,7 +28,7 @@ pub(crate) const GRANTED: &[&str] = &[
     "routine hallpass.organization_summary(uuid, boolean) | hallpass_service | EXECUTE",
     "routine hallpass.permission_holders(uuid, text, uuid, integer) | hallpass_service | EXECUTE",
     "routine hallpass.remove_expired(integer, integer) | hallpass_service | EXECUTE",
-    "routine hallpass.user_organizations(uuid, uuid, integer) | hallpass_service | EXECUTE",
+    "routine hallpass.user_organizations(uuid, uuid[], uuid, integer) | hallpass_service | EXECUTE",
     "routine public.analyze_permission_performance() | hallpass_auditor | EXECUTE",
     "routine public.refresh_permission_materialized_views() | hallpass_service | EXECUTE",
     "schema hallpass | hallpass_auditor | USAGE",

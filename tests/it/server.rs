@@ -3,10 +3,12 @@
 use std::{
     fmt,
     future::Future,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use hallpass::{
+    auth::Authenticator,
     config,
     selfcheck::SAMPLE_EVERY,
     server::{self, Config, Listener, ServeError},
@@ -74,6 +76,7 @@ pub(crate) fn config(url: &str) -> Config {
         database,
         staleness_bound: Duration::from_secs(2),
         staleness_ceiling: Duration::from_secs(300),
+        authenticator: Arc::new(Authenticator::open()),
         cache_capacity: 100_000,
         warm_up_max: Duration::from_secs(10),
         matrix_refresh_interval: Duration::from_secs(30),

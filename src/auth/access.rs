@@ -1,0 +1,57 @@
+//! The table of what each call needs. A call that has no row is refused, whoever makes it.
+
+use super::Scope;
+
+/// What a call needs of its caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Anybody may, without a credential: load balancers ask for health.
+    Nothing,
+    /// Any credential that is valid.
+    Credential,
+    Scope(Scope),
+}
+
+/// Every method of every listener, the most frequent first.
+pub const ACCESS: [(&str, Need); 10] = [
+    (
+        "/hallpass.v1.PermissionService/CheckPermission",
+        Need::Scope(Scope::Check),
+    ),
+    (
+        "/hallpass.v1.PermissionService/BatchCheckPermissions",
+        Need::Scope(Scope::Check),
+    ),
+    (
+        "/hallpass.v1.PermissionService/ListUserPermissions",
+        Need::Scope(Scope::List),
+    ),
+    (
+        "/hallpass.v1.PermissionService/ListPermissionHolders",
+        Need::Scope(Scope::List),
+    ),
+    (
+        "/hallpass.v1.PermissionService/ListUserOrganizations",
+        Need::Scope(Scope::List),
+    ),
+    (
+        "/hallpass.v1.PermissionService/GetOrganizationSummary",
+        Need::Scope(Scope::List),
+    ),
+    ("/grpc.health.v1.Health/Check", Need::Nothing),
+    ("/grpc.health.v1.Health/Watch", Need::Nothing),
+    ("/grpc.health.v1.Health/List", Need::Nothing),
+    (
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        Need::Credential,
+    ),
+];
+
+/// What a call of this path needs; `None` for a path that nobody serves.
+#[must_use]
+pub fn need(path: &str) -> Option<Need> {
+    ACCESS
+        .iter()
+        .find(|(known, _)| *known == path)
+        .map(|(_, need)| *need)
+}

@@ -1,0 +1,116 @@
+//! The gate that every call comes through: what it needs, who calls, whether that fits. Handlers find the caller in the
+//! request's extensions.
+//!
+//! Invariant: a call reaches no handler without a caller, and no handler that its caller's scopes do not open.
+
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use futures_util::future::{BoxFuture, Either, FutureExt, Ready, ready};
+use http::{Request, Response};
+use tonic::Status;
+use tower::{Layer, Service};
+
+use super::status;
+use crate::auth::{
+    Authentication, Authenticator, Caller, Peer,
+    access::{self, Need},
+};
+
+/// Puts the gate in front of a service.
+#[derive(Clone, Debug)]
+pub struct GateLayer(pub Arc<Authenticator>);
+
+/// A service behind the gate.
+#[derive(Clone, Debug)]
+pub struct Gate<S> {
+    authenticator: Arc<Authenticator>,
+    inner: S,
+}
+
+impl<S> Layer<S> for GateLayer {
+    type Service = Gate<S>;
+
+    fn layer(&self, inner: S) -> Gate<S> {
+        Gate {
+            authenticator: Arc::clone(&self.0),
+            inner,
+        }
+    }
+}
+
+type Outcome<S, B> = Result<<S as Service<B>>::Response, <S as Service<B>>::Error>;
+type Passed<S, B> = <S as Service<B>>::Future;
+
+impl<S, B, R> Service<Request<B>> for Gate<S>
+where
+    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send,
+    B: Send + 'static,
+    R: Default + Send,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Either<
+        Passed<S, Request<B>>,
+        Either<Ready<Outcome<S, Request<B>>>, BoxFuture<'static, Outcome<S, Request<B>>>>,
+    >;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let refuse = |status: Status| Either::Right(Either::Left(ready(Ok(status.into_http()))));
+        let need = match access::need(request.uri().path()) {
+            None => return refuse(status::no_such_method()),
+            Some(Need::Nothing) => return Either::Left(self.inner.call(request)),
+            Some(need) => need,
+        };
+        let nobody = Peer::default();
+        let peer = request.extensions().get::<Peer>().unwrap_or(&nobody);
+        match self.authenticator.authenticate(request.headers(), peer) {
+            Authentication::Known(caller) => {
+                match caller
+                    .map_err(status::unauthenticated)
+                    .and_then(|caller| admit(caller, need))
+                {
+                    Ok(caller) => {
+                        request.extensions_mut().insert(caller);
+                        Either::Left(self.inner.call(request))
+                    }
+                    Err(status) => refuse(status),
+                }
+            }
+            Authentication::Pending(caller) => {
+                // The service that was said to be ready is the one to call.
+                let ready = self.inner.clone();
+                let mut inner = std::mem::replace(&mut self.inner, ready);
+                let answer = async move {
+                    let caller = caller.await.map_err(status::unauthenticated);
+                    match caller.and_then(|caller| admit(caller, need)) {
+                        Ok(caller) => {
+                            request.extensions_mut().insert(caller);
+                            inner.call(request).await
+                        }
+                        Err(status) => Ok(status.into_http()),
+                    }
+                };
+                Either::Right(Either::Right(answer.boxed()))
+            }
+        }
+    }
+}
+
+fn admit(caller: Arc<Caller>, need: Need) -> Result<Arc<Caller>, Status> {
+    match need {
+        Need::Nothing | Need::Credential => Ok(caller),
+        Need::Scope(scope) => match caller.may(scope) {
+            Ok(()) => Ok(caller),
+            Err(forbidden) => Err(status::forbidden(forbidden)),
+        },
+    }
+}

@@ -23,7 +23,7 @@ use super::{
 };
 
 /// Revocations, each seen by every replica.
-const REVOCATIONS: u64 = 1_000;
+const REVOCATIONS: u64 = 10_000;
 
 /// Users whose role is given and taken at once where a revocation waits for a poll.
 const LANES: usize = 10;

@@ -5,6 +5,7 @@
 
 mod forwarded;
 mod rate;
+mod shares;
 mod tally;
 
 use std::{
@@ -19,7 +20,8 @@ use ipnet::IpNet;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use self::{rate::Rate, tally::Tally};
+pub use self::shares::Share;
+use self::{rate::Rate, shares::Shares, tally::Tally};
 use crate::auth::{
     Caller, Identity, Scope,
     access::{self, Need},
@@ -39,6 +41,8 @@ const STREAMS: [&str; 2] = [
 #[derive(Clone, Debug)]
 pub struct Bounds {
     pub requests_in_flight_max: usize,
+    /// Requests in flight of one caller.
+    pub caller_in_flight_max: u32,
     /// Calls a second from one address.
     pub address_rate_max: u32,
     /// Credentials a second, from one address, that are wrong or have to be looked up.
@@ -57,6 +61,7 @@ pub struct Bounds {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
     InFlight,
+    CallerInFlight,
     Address,
     Credentials,
     Checks,
@@ -64,8 +69,9 @@ pub enum Limit {
 }
 
 impl Limit {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::InFlight,
+        Self::CallerInFlight,
         Self::Address,
         Self::Credentials,
         Self::Checks,
@@ -77,6 +83,7 @@ impl Limit {
     pub fn name(self) -> &'static str {
         match self {
             Self::InFlight => "requests-in-flight",
+            Self::CallerInFlight => "caller-in-flight",
             Self::Address => "address-rate",
             Self::Credentials => "credential-rate",
             Self::Checks => "caller-rate",
@@ -91,6 +98,8 @@ pub enum Refusal {
     /// It is not this caller's fault.
     #[error("the service is overloaded")]
     Overloaded,
+    #[error("more calls at once than `{}` allows", Limit::CallerInFlight.name())]
+    TooManyAtOnce,
     #[error("more calls than `{}` allows", .limit.name())]
     TooMany {
         limit: Limit,
@@ -145,6 +154,7 @@ impl Method {
 /// The limits, and how far they are used.
 pub struct Limits {
     in_flight: Arc<Semaphore>,
+    shares: Option<Arc<Shares>>,
     addresses: Rate,
     credentials: Rate,
     checks: Rate,
@@ -172,6 +182,10 @@ impl Limits {
         };
         Self {
             in_flight: Arc::new(Semaphore::new(places)),
+            shares: match bounds.caller_in_flight_max {
+                0 => None,
+                max => Some(Arc::new(Shares::new(max))),
+            },
             addresses: Rate::a_second(bounds.address_rate_max),
             credentials: Rate::a_second(bounds.credential_rate_max),
             checks: Rate::a_second(bounds.caller_rate_max),
@@ -226,6 +240,31 @@ impl Limits {
         match address {
             Some(address) => self.take_of_address(Limit::Credentials, &self.credentials, address),
             None => Ok(()),
+        }
+    }
+
+    /// Takes one of the caller's own places, of its address's where nobody has to say who it is. So a caller that sends
+    /// no more than the beginning of its requests takes places from itself alone.
+    ///
+    /// # Errors
+    /// When it has all of them already.
+    pub fn share(
+        &self,
+        caller: &Caller,
+        address: Option<IpAddr>,
+    ) -> Result<Option<Share>, Refusal> {
+        let key = match (&caller.identity, address) {
+            (Identity::Anyone, None) => return Ok(None),
+            (Identity::Anyone, Some(address)) => self.hashes.hash_one(forwarded::network(address)),
+            (identity, _) => self.hashes.hash_one(identity),
+        };
+        match self.shares.as_ref().map(|shares| shares.take(key)) {
+            None => Ok(None),
+            Some(Some(share)) => Ok(Some(share)),
+            Some(None) => {
+                self.tally.refused(Limit::CallerInFlight);
+                Err(Refusal::TooManyAtOnce)
+            }
         }
     }
 

@@ -11,6 +11,10 @@ use crate::limits::Bounds;
 /// More than wait for the database at most, so that cached answers are given beside them; 100 MB of buffers.
 const DEFAULT_REQUESTS_IN_FLIGHT_MAX: usize = 5_000;
 
+/// A fifth of them: four more can do the same before anybody else is turned away. A caller with 10,000 checks a second
+/// that take 10 ms each has 100.
+const DEFAULT_CALLER_IN_FLIGHT_MAX: u32 = 1_000;
+
 /// A service that makes thousands of checks a second has room; one that has lost its mind leaves the others a core.
 const DEFAULT_CALLER_RATE_MAX: u32 = 20_000;
 
@@ -35,6 +39,10 @@ pub struct LimitSettings {
     /// Calls under way at most; further ones are refused at once, health is not
     #[arg(long, env = "HALLPASS_REQUESTS_IN_FLIGHT_MAX", default_value_t = DEFAULT_REQUESTS_IN_FLIGHT_MAX)]
     pub requests_in_flight_max: usize,
+
+    /// Calls under way of one caller at most; of one address where --auth is none
+    #[arg(long, env = "HALLPASS_CALLER_IN_FLIGHT_MAX", default_value_t = DEFAULT_CALLER_IN_FLIGHT_MAX)]
+    pub caller_in_flight_max: u32,
 
     /// Checks a second of one caller at most; ten items of a batch count as one
     #[arg(long, env = "HALLPASS_CALLER_RATE_MAX", default_value_t = DEFAULT_CALLER_RATE_MAX)]
@@ -70,6 +78,7 @@ impl From<&LimitSettings> for Bounds {
         let some = |limit: Duration| (!limit.is_zero()).then_some(limit);
         Self {
             requests_in_flight_max: settings.requests_in_flight_max,
+            caller_in_flight_max: settings.caller_in_flight_max,
             address_rate_max: settings.address_rate_max,
             credential_rate_max: settings.credential_rate_max,
             caller_rate_max: settings.caller_rate_max,

@@ -23,7 +23,7 @@ use tower::{Layer, Service};
 use super::status;
 use crate::{
     auth::{Caller, Peer},
-    limits::{Class, Limits, Method, Place},
+    limits::{Class, Limits, Method, Place, Refusal, Share},
 };
 
 /// Whose address a request comes from, as far as the limits believe it.
@@ -221,6 +221,7 @@ pin_project! {
         #[pin]
         answer: F,
         caller: Option<Arc<Caller>>,
+        share: Option<Share>,
     }
 }
 
@@ -250,15 +251,35 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         // Without a caller, a call that is open to everybody; a handler that needs one refuses it.
         let caller = request.extensions().get::<Arc<Caller>>().cloned();
-        let class = Method::of(request.uri().path()).class;
         let share = caller
             .as_ref()
-            .map_or(Ok(()), |caller| self.limits.caller(caller, class));
-        let answer = match share {
-            Ok(()) => Either::Left(self.inner.call(request)),
-            Err(refusal) => Either::Right(ready(Ok(status::refused(refusal).into_http()))),
+            .map_or(Ok(None), |caller| self.share(caller, &request));
+        let (answer, share) = match share {
+            Ok(share) => (Either::Left(self.inner.call(request)), share),
+            Err(refusal) => {
+                let response = status::refused(refusal).into_http();
+                (Either::Right(ready(Ok(response))), None)
+            }
         };
-        OfCaller { answer, caller }
+        OfCaller {
+            answer,
+            caller,
+            share,
+        }
+    }
+}
+
+impl<S> Shared<S> {
+    fn share<B>(&self, caller: &Caller, request: &Request<B>) -> Result<Option<Share>, Refusal> {
+        let class = Method::of(request.uri().path()).class;
+        self.limits.caller(caller, class)?;
+        match class {
+            Class::Free => Ok(None),
+            Class::Check | Class::List => {
+                let address = client_address(&self.limits, request);
+                self.limits.share(caller, address)
+            }
+        }
     }
 }
 
@@ -271,6 +292,7 @@ where
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let mut answer = ready!(this.answer.poll(context));
+        *this.share = None;
         if let (Ok(response), Some(caller)) = (&mut answer, this.caller.take())
             && code(response.headers()).is_some()
         {

@@ -9,7 +9,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt, pb};
 use crate::{
     auth::{AuthError, Forbidden},
     check::CheckError,
-    limits::Refusal,
+    limits::{Limit, Refusal},
     loader::LoadError,
     model::{OrganizationId, Position},
 };
@@ -86,6 +86,11 @@ pub(super) fn no_such_method() -> Status {
 pub(super) fn refused(refusal: Refusal) -> Status {
     let (reason, metadata, retry) = match refusal {
         Refusal::Overloaded => ("OVERLOADED", HashMap::new(), RETRY_OVERLOADED),
+        Refusal::TooManyAtOnce => {
+            let limit = ("limit".to_owned(), Limit::CallerInFlight.name().to_owned());
+            let metadata = HashMap::from([limit]);
+            ("RATE_LIMITED", metadata, RETRY_OVERLOADED)
+        }
         Refusal::TooMany { limit, retry_after } => {
             let limit = ("limit".to_owned(), limit.name().to_owned());
             ("RATE_LIMITED", HashMap::from([limit]), retry_after)

@@ -285,6 +285,51 @@ async fn a_caller_has_its_share_and_no_other_pays_for_it() {
     }
 }
 
+#[tokio::test]
+async fn one_who_holds_calls_open_takes_places_from_itself_alone() {
+    let (server, database) = start(Bounds {
+        requests_in_flight_max: 10,
+        caller_in_flight_max: 3,
+        trusted_proxies: vec!["127.0.0.1/32".parse().unwrap()],
+        ..bounds()
+    })
+    .await;
+    let lock = TableLock::take(&database, "public.profiles").await;
+    let mut client = server.client();
+    let holding: Vec<_> = (0..3)
+        .map(|_| {
+            let mut asked = now(question("lincoln", "ann", APPROVE)).into_request();
+            let address = "198.51.100.1".parse().unwrap();
+            asked.metadata_mut().insert("x-forwarded-for", address);
+            let mut client = client.clone();
+            tokio::spawn(async move { client.check_permission(asked).await.map(drop) })
+        })
+        .collect();
+    lock.until_waiting(1).await;
+    // Malformed, so that it is answered without the database wherever it is let in.
+    let mut probe = async |address: &str| {
+        let mut asked = question("", "", "").into_request();
+        let forwarded = address.parse().unwrap();
+        asked.metadata_mut().insert("x-forwarded-for", forwarded);
+        client.check_permission(asked).await.unwrap_err()
+    };
+    eventually("all three are under way", async || {
+        probe("198.51.100.1").await.code() == Code::ResourceExhausted
+    })
+    .await;
+    assert_eq!(refused(&probe("198.51.100.1").await).0, "caller-in-flight");
+    for _ in 0..20 {
+        let status = probe("198.51.100.2").await;
+        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    }
+    lock.release();
+    for call in holding {
+        call.await.unwrap().unwrap();
+    }
+    forwarded(&server, "198.51.100.1", "").await.unwrap();
+    server.stop().await;
+}
+
 #[test]
 fn ten_items_of_a_batch_cost_as_much_as_a_call() {
     let limits = Limits::new(Bounds {

@@ -95,6 +95,7 @@ pub(crate) fn config(url: &str) -> Config {
 pub(crate) fn bounds() -> Bounds {
     Bounds {
         requests_in_flight_max: 5_000,
+        caller_in_flight_max: 0,
         address_rate_max: 0,
         credential_rate_max: 0,
         caller_rate_max: 0,

@@ -270,14 +270,11 @@ async fn a_caller_has_its_share_and_no_other_pays_for_it() {
             .await
             .unwrap();
     }
-    let status = (async || {
-        loop {
-            if let Err(status) = ask(&flooding, HOLDERS).await {
-                return status;
-            }
+    let status = loop {
+        if let Err(status) = ask(&flooding, HOLDERS).await {
+            break status;
         }
-    })()
-    .await;
+    };
     assert_eq!(refused(&status).0, "caller-list-rate");
     // Where nobody says who it is, nobody is refused for it.
     for _ in 0..500 {

@@ -1,7 +1,11 @@
 //! HTTP/2 as no client would speak it: frames written by hand, each attacker at a stated pace.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
+use prost::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy, sink},
     net::{
@@ -12,28 +16,34 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep},
 };
 
-use crate::service::{LISTEN, Result};
+use uuid::Uuid;
+
+use crate::service::{LISTEN, Question, Result, question};
 
 /// Attackers come from another address of loopback than the caller who behaves well.
 const FROM: &str = "127.0.0.2:0";
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
+pub(crate) const DATA: u8 = 0;
+pub(crate) const HEADERS: u8 = 1;
+pub(crate) const RST_STREAM: u8 = 3;
+pub(crate) const SETTINGS: u8 = 4;
+pub(crate) const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
 
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
+pub(crate) const END_STREAM: u8 = 1;
+pub(crate) const END_HEADERS: u8 = 4;
 
 const CANCEL: [u8; 4] = [0, 0, 0, 8];
+
+/// How often attackers have connected: more often than there are attackers, where the service throws them out.
+pub(crate) static CONNECTED: AtomicU64 = AtomicU64::new(0);
 
 /// Waits before it connects again after it was thrown out.
 const RECONNECT: Duration = Duration::from_millis(20);
 
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap_or(0).to_be_bytes();
     let mut frame = Vec::with_capacity(9 + payload.len());
     frame.extend_from_slice(&length[1..]);
@@ -44,7 +54,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 /// The header block of a check, without indexing, so that every one is the same.
-fn check_headers() -> Vec<u8> {
+pub(crate) fn check_headers() -> Vec<u8> {
     let mut block = vec![0x83, 0x86];
     let mut literal = |name: &[u8], value: &[u8]| {
         block.push(0);
@@ -114,7 +124,9 @@ async fn forget(read: &mut OwnedReadHalf) {
 async fn connect() -> Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
     socket.bind(FROM.parse()?)?;
-    Ok(socket.connect(LISTEN.parse()?).await?)
+    let stream = socket.connect(LISTEN.parse()?).await?;
+    CONNECTED.fetch_add(1, Ordering::Relaxed);
+    Ok(stream)
 }
 
 /// Writes what `next` makes at every tick, on a new connection where the last was closed. Never ends by itself.
@@ -228,17 +240,23 @@ pub(crate) async fn streams_held_open() {
     flood(Duration::from_millis(10), &[], next).await;
 }
 
-/// Asks 10 checks every 10 ms, malformed and so answered at once, and gives no answer room to be sent.
+/// Asks 10 checks every 10 ms, up to 1,000 at a time, and gives no answer room to be sent.
 pub(crate) async fn answers_not_taken() {
     // SETTINGS_INITIAL_WINDOW_SIZE is 0.
     let no_room = [0, 4, 0, 0, 0, 0];
     let headers = check_headers();
+    let message = question(Uuid::nil(), Uuid::nil(), Question::Cached).encode_to_vec();
+    let length = u8::try_from(message.len()).unwrap_or(0);
+    let body = [&[0, 0, 0, 0, length], message.as_slice()].concat();
     let next = |attacker: &mut Attacker| {
         let mut frames = Vec::new();
         for _ in 0..10 {
+            if attacker.stream >= 2_000 {
+                break;
+            }
             let stream = attacker.next_stream();
             frames.extend(frame(HEADERS, END_HEADERS, stream, &headers));
-            frames.extend(frame(DATA, END_STREAM, stream, &[0, 0, 0, 0, 0]));
+            frames.extend(frame(DATA, END_STREAM, stream, &body));
         }
         frames
     };

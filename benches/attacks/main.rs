@@ -5,16 +5,24 @@
 //! speak of the service and not of the scheduler. Ends with 1 where something that is asked for does not hold.
 
 mod frames;
+mod load;
 mod overload;
 mod service;
 
 use std::{
     future::Future,
+    hint::black_box,
+    net::IpAddr,
     pin::Pin,
     process::ExitCode,
+    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
+use hallpass::{
+    auth::{self, Identity},
+    limits::{Bounds, Class, Limits},
+};
 use tokio::task::JoinSet;
 
 use self::service::{Caller, Question, Result, Service};
@@ -64,7 +72,7 @@ const ATTACKS: [(&str, usize, Attack); 8] = [
     ("streams held open: 20 x 1,000", 20, || {
         Box::pin(frames::streams_held_open())
     }),
-    ("answers not taken: 10 x 1,000 a second", 10, || {
+    ("answers not taken: 10 x 1,000", 10, || {
         Box::pin(frames::answers_not_taken())
     }),
 ];
@@ -100,7 +108,38 @@ async fn main() -> Result<ExitCode> {
     })
 }
 
+/// Nanoseconds that the limits cost a check, all switched on: a place, an address's, a caller's share and rate.
+fn cost() -> u128 {
+    const CHECKS: u32 = 1_000_000;
+    let limits = Limits::new(Bounds {
+        requests_in_flight_max: 5_000,
+        caller_in_flight_max: 1_000,
+        address_rate_max: u32::MAX,
+        credential_rate_max: 100,
+        caller_rate_max: u32::MAX,
+        caller_list_rate_max: 200,
+        trusted_proxies: Vec::new(),
+        request_deadline_max: None,
+        stream_age_max: None,
+    });
+    let address = Some(IpAddr::from([192, 0, 2, 1]));
+    let caller = auth::Caller {
+        identity: Identity::Key("0123456789abcdef".into()),
+        ..auth::Caller::clone(&auth::Caller::anyone())
+    };
+    let started = Instant::now();
+    for _ in 0..CHECKS {
+        let place = limits.enter();
+        let counted = limits.address(address);
+        let share = limits.share(&caller, address);
+        let checked = limits.caller(&caller, Class::Check);
+        drop(black_box((place, counted, share, checked)));
+    }
+    started.elapsed().as_nanos() / u128::from(CHECKS)
+}
+
 async fn attacks(service: &Service, named: impl Fn(&str) -> bool) -> Result<bool> {
+    println!("the limits cost a check {} ns", cost());
     println!(
         "a caller asks {OFFERED} cached checks a second; attackers keep the pace that is stated, on the same {} cores",
         std::thread::available_parallelism()?
@@ -110,8 +149,16 @@ async fn attacks(service: &Service, named: impl Fn(&str) -> bool) -> Result<bool
         "", "answers a second", "answered in p99", "memory"
     );
     println!(
-        "{:40}{:>8}{:>8}{:>8}{:>26}{:>8}{:>7}{:>7}",
-        "attack", "before", "during", "after", "before / during", "before", "peak", "after"
+        "{:40}{:>8}{:>8}{:>8}{:>26}{:>8}{:>7}{:>7}{:>13}",
+        "attack",
+        "before",
+        "during",
+        "after",
+        "before / during",
+        "before",
+        "peak",
+        "after",
+        "connected"
     );
     let caller = service.caller(1).await?;
     // The first answers are from a cold client.
@@ -162,14 +209,15 @@ async fn one(
         Duration::from_micros(micros).as_secs_f64() * 1e3
     };
     println!(
-        "{name:40}{:>8.0}{:>8.0}{:>8.0}{:>26}{:>5} MB{:>4} MB{:>4} MB",
+        "{name:40}{:>8.0}{:>8.0}{:>8.0}{:>26}{:>5} MB{:>4} MB{:>4} MB{:>13}",
         before.answers,
         during.answers,
         after.answers,
         format!("{:.1} / {:.1} ms", p99(&before), p99(&during)),
         memory_before,
         memory_peak,
-        memory_after
+        memory_after,
+        frames::CONNECTED.swap(0, Ordering::Relaxed)
     );
     for (what, _) in holds.iter().filter(|(_, holds)| !holds) {
         println!("  FAILS: {what}");

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
-use crate::service::{Question, Result, Service};
-
-const CONNECTIONS: usize = 16;
+use crate::{
+    load::{self, Pace},
+    service::{Question, Result, Service},
+};
 
 /// Calls at once that find the peak: enough to keep both cores and the database busy.
 const AT_ONCE: usize = 128;
@@ -45,29 +46,26 @@ pub(crate) async fn run(service: &Service) -> Result<bool> {
 }
 
 async fn one(service: &Service, question: Question) -> Result<bool> {
-    let caller = service.caller(CONNECTIONS).await?;
-    let peak = caller.press(question, AT_ONCE, PEAK).await?.answers;
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a rate of calls, far from either end"
-    )]
-    let offered = (peak * 3.0) as u64;
+    let messages = service.questions(question);
+    let peak = load::run(&messages, Pace::AtOnce(AT_ONCE), PEAK)
+        .await?
+        .answered;
+    let offered = peak * 3.0;
     let watcher = service.caller(1).await?;
-    let (offering, health) = tokio::join!(
-        caller.offer(question, offered, OVERLOAD),
+    let (tally, health) = tokio::join!(
+        load::run(&messages, Pace::ASecond(offered), OVERLOAD),
         watcher.watch_health(OVERLOAD)
     );
-    let tally = offering?;
+    let tally = tally?;
     let (serving, asked, longest) = health;
     println!(
-        "{:10}{:>9.0}{:>9}{:>9.0}{:>9.0}{:>10.0}{:>24}{:>24}{:>12}",
+        "{:10}{:>9.0}{:>9.0}{:>9.0}{:>9.0}{:>10.0}{:>24}{:>24}{:>12}",
         format!("{question:?}").to_lowercase(),
         peak,
         offered,
-        tally.answers,
-        tally.refusals,
-        tally.others,
+        tally.answered,
+        tally.refused,
+        tally.lost,
         percentiles(&tally.answered_in),
         percentiles(&tally.refused_in),
         format!("{serving}/{asked}")
@@ -78,9 +76,9 @@ async fn one(service: &Service, question: Question) -> Result<bool> {
         (
             format!(
                 "goodput is at least 80 % of the peak: {:.0} %",
-                tally.answers / peak * 100.0
+                tally.answered / peak * 100.0
             ),
-            tally.answers >= peak * GOODPUT_MIN,
+            tally.answered >= peak * GOODPUT_MIN,
         ),
         (
             "half of the refusals take under 5 ms".to_owned(),

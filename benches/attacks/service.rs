@@ -4,10 +4,7 @@ use std::{
     error::Error,
     path::Path,
     process::{Child, Command, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -19,6 +16,7 @@ use hallpass_client::{
     },
 };
 use hdrhistogram::Histogram;
+use prost::Message;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
     task::JoinSet,
@@ -79,6 +77,13 @@ impl Service {
         Ok(kilobytes.ok_or("no VmRSS")?.parse::<u64>()? / 1_024)
     }
 
+    /// So many questions, each about another member.
+    pub(crate) fn questions(&self, kind: Question) -> Vec<Vec<u8>> {
+        let members = self.members.iter().take(4_096);
+        let asked = members.map(|(organization, user)| question(*organization, *user, kind));
+        asked.map(|question| question.encode_to_vec()).collect()
+    }
+
     /// A caller on so many connections of its own.
     pub(crate) async fn caller(&self, connections: usize) -> Result<Caller> {
         let mut channels = Vec::with_capacity(connections);
@@ -134,14 +139,24 @@ pub(crate) enum Question {
     Database,
 }
 
-/// What came back within [`PATIENCE`], a second.
+pub(crate) fn question(organization: Uuid, user: Uuid, kind: Question) -> CheckPermissionRequest {
+    CheckPermissionRequest {
+        organization_id: organization.to_string(),
+        user_id: user.to_string(),
+        permission: "can_approve_expenses".to_owned(),
+        consistency: (kind == Question::Database).then_some(Consistency {
+            requirement: Some(Requirement::FullyConsistent(true)),
+        }),
+        ..CheckPermissionRequest::default()
+    }
+}
+
+/// What came back within [`PATIENCE`].
 pub(crate) struct Tally {
+    /// A second.
     pub(crate) answers: f64,
-    pub(crate) refusals: f64,
-    pub(crate) others: f64,
     /// In microseconds, from sending.
     pub(crate) answered_in: Histogram<u64>,
-    pub(crate) refused_in: Histogram<u64>,
 }
 
 #[derive(Clone)]
@@ -183,45 +198,12 @@ impl Caller {
         tally(&outcomes, started.elapsed())
     }
 
-    /// Asks as fast as it is answered, so many at once.
-    pub(crate) async fn press(
-        &self,
-        question: Question,
-        at_once: usize,
-        time: Duration,
-    ) -> Result<Tally> {
-        let next = Arc::new(AtomicU64::new(0));
-        let started = Instant::now();
-        let mut askers = JoinSet::new();
-        for _ in 0..at_once {
-            let (caller, next) = (self.clone(), Arc::clone(&next));
-            askers.spawn(async move {
-                let mut outcomes = Vec::new();
-                while started.elapsed() < time {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    outcomes.push(caller.ask(question, index).await);
-                }
-                outcomes
-            });
-        }
-        let outcomes = askers.join_all().await.concat();
-        tally(&outcomes, started.elapsed())
-    }
-
     /// How long it took, and the code it ended with.
-    async fn ask(&self, question: Question, index: u64) -> (Duration, Code) {
+    async fn ask(&self, kind: Question, index: u64) -> (Duration, Code) {
         let index = usize::try_from(index).unwrap_or(0);
         let channel = self.channels[index % self.channels.len()].clone();
         let (organization, user) = self.members[index * 7 % self.members.len()];
-        let request = CheckPermissionRequest {
-            organization_id: organization.to_string(),
-            user_id: user.to_string(),
-            permission: "can_approve_expenses".to_owned(),
-            consistency: (question == Question::Database).then_some(Consistency {
-                requirement: Some(Requirement::FullyConsistent(true)),
-            }),
-            ..CheckPermissionRequest::default()
-        };
+        let request = question(organization, user, kind);
         let mut client = PermissionServiceClient::new(channel);
         let sent = Instant::now();
         let answer = timeout(PATIENCE, client.check_permission(request)).await;
@@ -254,29 +236,14 @@ impl Caller {
 }
 
 fn tally(outcomes: &[(Duration, Code)], elapsed: Duration) -> Result<Tally> {
-    let mut tally = Tally {
-        answers: 0.0,
-        refusals: 0.0,
-        others: 0.0,
-        answered_in: Histogram::new(3)?,
-        refused_in: Histogram::new(3)?,
-    };
-    for (took, code) in outcomes {
-        let micros = u64::try_from(took.as_micros())?;
-        match code {
-            Code::Ok => {
-                tally.answers += 1.0;
-                tally.answered_in.saturating_record(micros);
-            }
-            Code::ResourceExhausted => {
-                tally.refusals += 1.0;
-                tally.refused_in.saturating_record(micros);
-            }
-            _ => tally.others += 1.0,
-        }
+    let mut answered_in = Histogram::new_with_bounds(1, 60_000_000, 3)?;
+    for (took, _) in outcomes.iter().filter(|(_, code)| *code == Code::Ok) {
+        answered_in.saturating_record(u64::try_from(took.as_micros())?);
     }
-    for count in [&mut tally.answers, &mut tally.refusals, &mut tally.others] {
-        *count /= elapsed.as_secs_f64();
-    }
-    Ok(tally)
+    #[allow(clippy::cast_precision_loss, reason = "a number of calls")]
+    let answers = answered_in.len() as f64;
+    Ok(Tally {
+        answers: answers / elapsed.as_secs_f64(),
+        answered_in,
+    })
 }

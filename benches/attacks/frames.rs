@@ -7,7 +7,7 @@ use std::{
 
 use prost::Message;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, copy, sink},
+    io::{AsyncWriteExt, copy, sink},
     net::{
         TcpSocket, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
@@ -267,8 +267,8 @@ pub(crate) async fn answers_not_taken() {
 pub(crate) async fn half_open() {
     loop {
         if let Ok(mut connection) = connect().await {
-            // Returns when the service closes it.
-            drop(connection.read_u8().await);
+            // Until the service closes it.
+            drop(copy(&mut connection, &mut sink()).await);
         }
         sleep(RECONNECT).await;
     }

@@ -21,7 +21,7 @@ ifeq ($(NODE_EXTRA_CA_CERTS),)
 export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
-.PHONY: help demo test lint lint-mutants lint-rust lint-proto lint-scripts freeze mutants figures torture torture-mutants revocation
+.PHONY: help demo test lint lint-mutants lint-rust lint-proto lint-scripts freeze mutants figures attacks overload torture torture-mutants revocation
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -76,6 +76,14 @@ figures: ## measure, and print the figures
 	@tools/prerequisites.sh rust cc postgresql
 	@$(CARGO) bench --locked --bench figures
 	@$(CARGO) bench --locked --bench adoption
+
+attacks: ## attack the service over loopback, and print what a well-behaved caller gets; ONLY=part of an attack's name
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) bench --locked --bench attacks -- $(ONLY)
+
+overload: ## offer three times what the service can answer, and print what becomes of it
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) bench --locked --bench attacks -- --overload
 
 # The tests' own binary, as it is released: most of a run is questions, and the machine's two cores answer them too.
 torture: ## kill, stop, cut off and restore for a quarter of an hour, and check CHECKS=10000000 answers against history

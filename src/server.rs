@@ -33,7 +33,13 @@ use crate::{
     cache::Cache,
     check::Checker,
     feed::{self, Progress},
-    grpc::{gate::GateLayer, permission_service::PermissionService, v1},
+    grpc::{
+        gate::GateLayer,
+        limit::{CallerLayer, DeadlineLayer, DoorLayer},
+        permission_service::PermissionService,
+        v1,
+    },
+    limits::{Bounds, Limits},
     loader::Loader,
     selfcheck,
     store::{DatabaseUrl, Store, StoreError},
@@ -61,6 +67,7 @@ pub struct Config {
     pub self_check_every: NonZeroU32,
     pub lame_duck: Duration,
     pub drain_max: Duration,
+    pub bounds: Bounds,
 }
 
 /// A bound socket.
@@ -132,6 +139,7 @@ pub async fn run(
         sampler,
     ));
 
+    let limits = Arc::new(Limits::new(config.bounds.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
     let routes = Routes::new(health_service)
@@ -145,6 +153,7 @@ pub async fn run(
             v1::permission_service_server::PermissionServiceServer::new(PermissionService::new(
                 Arc::clone(&checker),
                 config.staleness_ceiling,
+                Arc::clone(&limits),
             ))
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
@@ -162,7 +171,8 @@ pub async fn run(
     let stop = CancellationToken::new();
     let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
         routes,
-        GateLayer(Arc::clone(&config.authenticator)),
+        Arc::clone(&config.authenticator),
+        limits,
         listener,
         stop.clone().cancelled_owned(),
     )));
@@ -217,7 +227,8 @@ async fn drain(
 
 async fn serve(
     routes: Routes,
-    gate: GateLayer,
+    authenticator: Arc<Authenticator>,
+    limits: Arc<Limits>,
     listener: Listener,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
@@ -225,7 +236,12 @@ async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
-        .layer(gate)
+        // What a call comes through, from outside: a place among those in flight and its address's share, a time by
+        // which it ends, who calls and whether that fits, and the caller's share.
+        .layer(DoorLayer(Arc::clone(&limits)))
+        .layer(DeadlineLayer(Arc::clone(&limits)))
+        .layer(GateLayer(authenticator, Arc::clone(&limits)))
+        .layer(CallerLayer(limits))
         .add_routes(routes);
     match listener {
         Listener::Tcp(listener) => {

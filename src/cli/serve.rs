@@ -95,6 +95,7 @@ pub(super) async fn serve(
         self_check_every: SAMPLE_EVERY,
         lame_duck: settings.lame_duck,
         drain_max: DRAIN_MAX,
+        bounds: (&settings.limits).into(),
     };
     let served = tokio::select! {
         served = server::run(config, listener, on_ready, interrupted) => served.map_err(Into::into),

@@ -1,8 +1,12 @@
 //! Every setting of the service, its default and why; parsed whole before anything is started.
 
+mod identity;
+
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
+
+pub use self::identity::IdentitySettings;
 
 /// Where clients look first, and nobody else can reach.
 pub const DEFAULT_GRPC_LISTEN: &str = "127.0.0.1:50051";
@@ -74,6 +78,9 @@ pub struct ServeSettings {
     /// After SIGTERM, say NOT_SERVING for this long before turning callers away
     #[arg(long, env = "HALLPASS_LAME_DUCK", default_value = DEFAULT_LAME_DUCK, value_parser = parse_duration)]
     pub lame_duck: Duration,
+
+    #[command(flatten)]
+    pub identity: IdentitySettings,
 }
 
 impl ServeSettings {

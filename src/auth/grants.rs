@@ -158,3 +158,88 @@ fn hyphenated(text: &str) -> Option<Uuid> {
         .then(|| Uuid::try_parse(text).ok())
         .flatten()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const GRANTS: &str = r#"
+        [[grant]]
+        claim = "scope"
+        value = "hallpass:check"
+        scopes = ["check"]
+        organizations = { claim = ["https://district.example/org"] }
+        [[grant]]
+        claim = "scope"
+        value = "hallpass:list"
+        scopes = ["list"]
+        organizations = { claim = ["https://district.example/org"] }
+        [[grant]]
+        claim = "realm.roles"
+        value = "auditor"
+        scopes = ["audit"]
+        organizations = "all"
+    "#;
+
+    const ORGANIZATION: &str = "6fa459ea-ee8a-3ca4-894e-db77e160355e";
+
+    /// `check,list in 1`, with the number of organizations, or `refused`.
+    fn granted(grants: &str, claims: &Value) -> String {
+        let grants = Grants::parse(grants).unwrap();
+        let claims: Claim = serde_json::from_value(claims.clone()).unwrap();
+        match grants.caller_of_token("somebody", &claims) {
+            Ok(caller) => {
+                let scopes: Vec<&str> = caller.scopes.iter().map(|scope| scope.name()).collect();
+                let organizations = caller.organizations.listed().map(<[_]>::len);
+                let count = organizations.map_or_else(|| "all".to_owned(), |n| n.to_string());
+                format!("{} in {count}", scopes.join(","))
+            }
+            Err(_) => "refused".to_owned(),
+        }
+    }
+
+    #[test]
+    fn grants_that_match_add_up_in_their_scopes_alone() {
+        let with_scope =
+            |scope: Value| json!({"scope": scope, "https://district.example/org": ORGANIZATION});
+        let cases = [
+            (with_scope(json!("hallpass:check")), "check in 1"),
+            (
+                with_scope(json!("hallpass:list hallpass:check openid")),
+                "check,list in 1",
+            ),
+            (
+                with_scope(json!(["hallpass:list", "hallpass:check"])),
+                "check,list in 1",
+            ),
+            (with_scope(json!(["hallpass:list hallpass:check"])), " in 0"),
+            (with_scope(json!("hallpass:checks")), " in 0"),
+            (with_scope(json!("hallpass:check,hallpass:list")), " in 0"),
+            (with_scope(json!("HALLPASS:CHECK")), " in 0"),
+            (with_scope(json!({"hallpass:check": true})), " in 0"),
+            (with_scope(json!(true)), " in 0"),
+            (with_scope(json!(null)), " in 0"),
+            (json!({"scope": "hallpass:check"}), "check in 0"),
+            (json!({"realm": {"roles": ["auditor"]}}), "audit in all"),
+            (json!({"realm": {"roles": [["auditor"]]}}), " in 0"),
+            (json!({"realm.roles": "auditor"}), " in 0"),
+            (json!({"roles": "auditor"}), " in 0"),
+            (json!({"realm": [{"roles": "auditor"}]}), " in 0"),
+            (
+                json!({"scope": "hallpass:check", "realm": {"roles": "auditor"}}),
+                "refused",
+            ),
+            (json!({}), " in 0"),
+        ];
+        // The order of the grants does not matter.
+        let mut turned: Vec<&str> = GRANTS.split("[[grant]]").skip(1).collect();
+        turned.reverse();
+        let turned = format!("[[grant]]{}", turned.join("[[grant]]"));
+        for (claims, expected) in cases {
+            assert_eq!(granted(GRANTS, &claims), expected, "{claims}");
+            assert_eq!(granted(&turned, &claims), expected, "{claims}");
+        }
+    }
+}

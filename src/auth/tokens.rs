@@ -10,16 +10,13 @@ pub(super) mod claims;
 mod key_set;
 mod key_source;
 
-use std::{
-    collections::HashSet,
-    fmt,
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwapOption;
 use futures_util::future::FutureExt;
-use jsonwebtoken::{Algorithm, Header, Validation, decode, decode_header, errors::ErrorKind};
+use jsonwebtoken::{
+    Algorithm, Header, Validation, decode, decode_header, errors::ErrorKind, get_current_timestamp,
+};
 use tokio::{
     sync::{Semaphore, watch},
     time::timeout,
@@ -57,9 +54,19 @@ pub struct TokenRules {
     pub grants: Grants,
 }
 
+impl TokenRules {
+    fn leeway_seconds(&self) -> u64 {
+        self.leeway.min(LEEWAY_MAX).as_secs()
+    }
+}
+
 /// When keys are read, and how long is waited for them.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
+    /// Between readings of a URL: issuers announce a key minutes to days before they sign with it.
+    pub url_interval: Duration,
+    /// Between readings of a file: whoever has just changed it looks for the effect.
+    pub file_interval: Duration,
     /// Reading takes no longer.
     pub read_max: Duration,
     /// A request waits no longer for a key that is unknown.
@@ -74,6 +81,8 @@ pub struct Pace {
 impl Default for Pace {
     fn default() -> Self {
         Self {
+            url_interval: Duration::from_secs(5 * 60),
+            file_interval: Duration::from_secs(2),
             read_max: Duration::from_secs(5),
             wait_max: Duration::from_secs(2),
             hasten_interval: Duration::from_secs(10),
@@ -164,11 +173,8 @@ impl Tokens {
         let keys = &believed.keys;
         let digest = blake3::hash(token.as_bytes());
         if let Some(verified) = keys.verified.get(&digest) {
-            let is_expired = verified
-                .expires
-                .saturating_add(self.0.rules.leeway.as_secs())
-                < now();
-            return Found::Verdict(if is_expired {
+            // By the clock by which it was found good.
+            return Found::Verdict(if verified.good_until < get_current_timestamp() {
                 Err(AuthError::Expired)
             } else {
                 Ok(verified.caller)
@@ -252,10 +258,10 @@ impl Tokens {
                 rounds.ended = rounds.begun;
                 rounds.has_failed = taken.is_err();
             });
-            let pause = if taken.is_ok() {
-                shared.source.interval()
-            } else {
-                shared.pace.hasten_interval
+            let pause = match shared.source {
+                _ if taken.is_err() => shared.pace.hasten_interval,
+                KeySource::Url(..) => shared.pace.url_interval,
+                KeySource::File(_) => shared.pace.file_interval,
             };
             let wanted = rounds.wait_for(|rounds| rounds.wanted > rounds.ended);
             // Wanted or not, it is time. The sender lives as long as this.
@@ -314,7 +320,7 @@ fn verify(token: &str, key: &Key, rules: &TokenRules) -> Result<Verified, AuthEr
     }
     Ok(Verified {
         caller: Arc::new(rules.grants.caller_of_token(subject, &claims)?),
-        expires: *expires,
+        good_until: expires.saturating_add(rules.leeway_seconds()),
     })
 }
 
@@ -325,12 +331,6 @@ fn validation(algorithm: Algorithm, rules: &TokenRules) -> Validation {
     validation.iss = Some(HashSet::from([rules.issuer.clone()]));
     validation.aud = Some(HashSet::from([rules.audience.clone()]));
     validation.validate_nbf = true;
-    validation.leeway = rules.leeway.min(LEEWAY_MAX).as_secs();
+    validation.leeway = rules.leeway_seconds();
     validation
-}
-
-/// Seconds since 1970. A clock before that has no token expire, nor any be valid: it is refused for its `exp`.
-fn now() -> u64 {
-    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
-    since_1970.map_or(u64::MAX, |since| since.as_secs())
 }

@@ -52,8 +52,8 @@ pub(super) struct Key {
 #[derive(Clone)]
 pub(super) struct Verified {
     pub(super) caller: Arc<Caller>,
-    /// `exp`, in seconds since 1970.
-    pub(super) expires: u64,
+    /// `exp` and the leeway, in seconds since 1970.
+    pub(super) good_until: u64,
 }
 
 #[derive(Deserialize)]

@@ -9,7 +9,6 @@ use std::{
     io::Read,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use http::{
@@ -31,16 +30,10 @@ use rustls::{
 /// Bytes of a key set: a hundred keys, certificate chains included.
 const DOCUMENT_BYTES_MAX: usize = 256 << 10;
 
-/// Issuers announce a key minutes to days before they sign with it.
-const URL_INTERVAL: Duration = Duration::from_secs(5 * 60);
-
-/// A file is looked at as often as somebody who has just changed it looks for the effect.
-const FILE_INTERVAL: Duration = Duration::from_secs(2);
-
 /// A URL or a file that holds a JSON Web Key Set.
 #[derive(Clone)]
 pub enum KeySource {
-    Url(Uri, HttpClient),
+    Url(Uri, Box<HttpClient>),
     File(PathBuf),
 }
 
@@ -63,15 +56,8 @@ impl KeySource {
             Some("http") if is_loopback(&uri) => false,
             _ => return Err("must be https://, or http:// on this machine, or a path".to_owned()),
         };
-        Ok(Self::Url(uri, client(is_encrypted, ca_file)?))
-    }
-
-    /// How long what was read is taken for current.
-    pub(super) fn interval(&self) -> Duration {
-        match self {
-            Self::Url(..) => URL_INTERVAL,
-            Self::File(_) => FILE_INTERVAL,
-        }
+        let client = client(is_encrypted, ca_file)?;
+        Ok(Self::Url(uri, Box::new(client)))
     }
 
     /// The document as it is now.

@@ -293,7 +293,8 @@ impl fmt::Debug for Tokens {
 fn is_understood(header: &Header) -> bool {
     let is_token = |kind: &String| {
         let kind = kind.to_ascii_lowercase();
-        matches!(kind.trim_start_matches("application/"), "jwt" | "at+jwt")
+        let kind = kind.strip_prefix("application/").unwrap_or(&kind);
+        matches!(kind, "jwt" | "at+jwt")
     };
     header.crit.is_none() && header.typ.as_ref().is_none_or(is_token)
 }

@@ -61,6 +61,7 @@ impl IdentitySettings {
             let names: Vec<&str> = named.into_iter().map(|(name, _)| name).collect();
             names.join(" and ")
         };
-        Err(format!("{} needs {}", names(set), names(missing)))
+        let verb = if set.len() == 1 { "needs" } else { "need" };
+        Err(format!("{} {verb} {}", names(set), names(missing)))
     }
 }

@@ -8,6 +8,8 @@ use hallpass::auth::{
 };
 use http::{HeaderMap, header::AUTHORIZATION};
 
+use crate::commands::hallpass;
+
 /// A grant that is right as it is, from its second line on.
 const SERVICE: &str = r#"
 [[grant]]
@@ -305,5 +307,76 @@ fn keys_come_from_https_this_machine_or_a_file() {
     for (name, is_source) in cases {
         let source = KeySource::new(name, None);
         assert_eq!(source.is_ok(), is_source, "{name}: {:?}", source.err());
+    }
+}
+
+#[tokio::test]
+async fn serve_says_what_is_wrong_before_anything_starts() {
+    let directory = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.into_os_string().into_string().unwrap()
+    };
+    let right = write("right.toml", SERVICE);
+    let wrong = write("wrong.toml", &SERVICE.replace("\"all\"", "7"));
+    let empty = write("empty.pem", "");
+    let data = directory.path().join("data");
+    let jwt = ["--jwt-issuer", "i", "--jwt-audience", "a", "--jwt-jwks"];
+    let cases: &[(&[&str], &[&str], &str)] = &[
+        (
+            &["--grants", &wrong],
+            &[],
+            "wrong.toml: line 6: organizations must be",
+        ),
+        (
+            &["--grants", "/nowhere.toml"],
+            &[],
+            "--grants /nowhere.toml: No such file",
+        ),
+        (
+            &["--jwt-issuer", "i"],
+            &[],
+            "--jwt-issuer needs --jwt-audience and --jwt-jwks",
+        ),
+        (
+            &["--jwt-issuer", "i", "--jwt-jwks", "k"],
+            &[],
+            "--jwt-issuer and --jwt-jwks need --jwt-audience",
+        ),
+        (&jwt, &["k"], "--jwt-issuer needs --grants"),
+        (
+            &jwt,
+            &["k", "--grants", &right, "--jwt-leeway", "10m"],
+            "--jwt-leeway must be at most 300s, not 600s",
+        ),
+        (
+            &jwt,
+            &["http://issuer.example/", "--grants", &right],
+            "--jwt-jwks `http://issuer.example/`: must be https://",
+        ),
+        (
+            &jwt,
+            &[
+                "https://issuer.example/",
+                "--grants",
+                &right,
+                "--jwt-jwks-ca",
+                &empty,
+            ],
+            "holds no certificate",
+        ),
+    ];
+    for (first, rest, expected) in cases {
+        let mut arguments = vec!["serve", "--data-dir", data.to_str().unwrap()];
+        arguments.extend(first.iter().chain(*rest));
+        let ran = hallpass(&arguments).await;
+        assert_eq!(ran.code, 2, "{ran:?}");
+        let complaint = ran.complaint();
+        assert!(
+            complaint.len() == 1 && complaint[0].contains(expected),
+            "{ran:?}"
+        );
+        assert!(!data.exists(), "{ran:?}");
     }
 }

@@ -6,23 +6,26 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use aws_lc_rs::{
+use ::aws_lc_rs::{
     hmac,
     rand::SystemRandom,
     rsa::KeySize,
     signature::{
-        ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair, RSA_PKCS1_SHA256,
-        RsaKeyPair,
+        ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _,
+        RSA_PKCS1_SHA256, RSA_PKCS1_SHA512, RsaEncoding, RsaKeyPair,
     },
 };
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use jsonwebtoken::get_current_timestamp;
+use rcgen::{CertifiedKey, KeyPair};
+use rustls::{ServerConfig, crypto::aws_lc_rs, pki_types::PrivateKeyDer};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::TcpListener,
     sync::watch,
 };
+use tokio_rustls::TlsAcceptor;
 
 pub(crate) const ISSUER: &str = "https://issuer.example/auth/v1";
 pub(crate) const AUDIENCE: &str = "authenticated";
@@ -104,27 +107,34 @@ impl SigningKey {
     /// Any header and any payload under this key's own signature.
     pub(crate) fn sign(&self, header: &str, payload: &str) -> String {
         let message = message(header, payload);
-        let random = SystemRandom::new();
         let signature = match &self.pair {
             Pair::Ed25519(pair) => pair.sign(message.as_bytes()).as_ref().to_vec(),
             Pair::P256(pair) => {
-                let signature = pair.sign(&random, message.as_bytes()).unwrap();
-                signature.as_ref().to_vec()
+                let signature = pair.sign(&SystemRandom::new(), message.as_bytes());
+                signature.unwrap().as_ref().to_vec()
             }
-            Pair::Rsa(pair) => {
-                let mut signature = vec![0; pair.public_modulus_len()];
-                pair.sign(
-                    &RSA_PKCS1_SHA256,
-                    &random,
-                    message.as_bytes(),
-                    &mut signature,
-                )
-                .unwrap();
-                signature
-            }
+            Pair::Rsa(pair) => sign_rsa(pair, &RSA_PKCS1_SHA256, &message),
         };
         format!("{message}.{}", base64(signature))
     }
+
+    /// As [`SigningKey::sign`], by an RSA key that is for RS256.
+    pub(crate) fn sign_rs512(&self, header: &str, payload: &str) -> String {
+        let Pair::Rsa(pair) = &self.pair else {
+            panic!("{} is no RSA key", self.id);
+        };
+        let message = message(header, payload);
+        let signature = sign_rsa(pair, &RSA_PKCS1_SHA512, &message);
+        format!("{message}.{}", base64(signature))
+    }
+}
+
+fn sign_rsa(pair: &RsaKeyPair, padding: &'static dyn RsaEncoding, message: &str) -> Vec<u8> {
+    let mut signature = vec![0; pair.public_modulus_len()];
+    let message = message.as_bytes();
+    let signed = pair.sign(padding, &SystemRandom::new(), message, &mut signature);
+    signed.unwrap();
+    signature
 }
 
 /// What an attacker signs who takes a public key for the secret of HS256.
@@ -175,8 +185,27 @@ pub(crate) struct KeyServer {
 
 impl KeyServer {
     pub(crate) async fn start(says: Says) -> Self {
+        Self::listen(says, None).await
+    }
+
+    /// One that proves by a certificate who it is.
+    pub(crate) async fn start_tls(says: Says, certificate: &CertifiedKey<KeyPair>) -> Self {
+        let key = PrivateKeyDer::try_from(certificate.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.cert.der().clone()], key)
+            .unwrap();
+        Self::listen(says, Some(TlsAcceptor::from(Arc::new(config)))).await
+    }
+
+    async fn listen(says: Says, tls: Option<TlsAcceptor>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}/jwks.json", listener.local_addr().unwrap());
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let address = listener.local_addr().unwrap();
+        let url = format!("{scheme}://{address}/jwks.json");
         let (says, said) = watch::channel(says);
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
@@ -184,7 +213,13 @@ impl KeyServer {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 count.fetch_add(1, Ordering::Relaxed);
-                tokio::spawn(answer(stream, said.clone()));
+                let (tls, said) = (tls.clone(), said.clone());
+                tokio::spawn(async move {
+                    match tls {
+                        None => answer(stream, said).await,
+                        Some(tls) => answer(tls.accept(stream).await?, said).await,
+                    }
+                });
             }
         });
         Self { url, says, asked }
@@ -201,7 +236,10 @@ impl KeyServer {
 }
 
 /// One request and its answer. Whoever asks may go away at any time.
-async fn answer(mut stream: TcpStream, says: watch::Receiver<Says>) -> std::io::Result<()> {
+async fn answer(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    says: watch::Receiver<Says>,
+) -> std::io::Result<()> {
     let mut request = Vec::new();
     while !request.ends_with(b"\r\n\r\n") {
         if stream.read_buf(&mut request).await? == 0 {
@@ -227,5 +265,6 @@ async fn answer(mut stream: TcpStream, says: watch::Receiver<Says>) -> std::io::
     };
     let length = body.len();
     let answer = format!("HTTP/1.1 {status}\r\n{header}\r\ncontent-length: {length}\r\n\r\n{body}");
-    stream.write_all(answer.as_bytes()).await
+    stream.write_all(answer.as_bytes()).await?;
+    stream.shutdown().await
 }

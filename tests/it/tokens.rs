@@ -19,6 +19,7 @@ use hallpass_client::{
         batch_check_permissions_result::Result as ItemResult,
     },
 };
+use rcgen::generate_simple_self_signed;
 use serde_json::{Value, json};
 use tonic_types::StatusExt;
 
@@ -73,6 +74,10 @@ fn pace() -> Pace {
 
 /// A service that takes tokens alone, on a database of two organizations.
 async fn start(keys: &str, leeway: Duration, pace: Pace) -> (Database, Server) {
+    start_from(KeySource::new(keys, None).unwrap(), leeway, pace).await
+}
+
+async fn start_from(source: KeySource, leeway: Duration, pace: Pace) -> (Database, Server) {
     let database = Database::create().await;
     fill(&database.client().await).await;
     let rules = TokenRules {
@@ -81,7 +86,6 @@ async fn start(keys: &str, leeway: Duration, pace: Pace) -> (Database, Server) {
         leeway,
         grants: Grants::parse(GRANTS).unwrap(),
     };
-    let source = KeySource::new(keys, None).unwrap();
     let tokens = Tokens::new(rules, source, pace);
     let server = Server::start(Config {
         authenticator: Authenticator::default().with_tokens(tokens).into(),
@@ -318,6 +322,11 @@ async fn a_token_is_good_when_all_of_it_is() {
             INVALID,
         ),
         (
+            "RS512 with the key of RS256",
+            rsa.sign_rs512(r#"{"alg":"RS512","kid":"rsa"}"#, &good),
+            INVALID,
+        ),
+        (
             "PS256 key",
             pss.sign(r#"{"alg":"RS256","kid":"pss"}"#, &good),
             INVALID,
@@ -508,6 +517,38 @@ async fn keys_are_believed_while_they_cannot_be_read_again_but_not_for_ever() {
         ask(&server, &token).await == ALLOWED
     })
     .await;
+}
+
+#[tokio::test]
+async fn keys_over_https_come_from_the_issuers_own_server() {
+    let certify = |name: &str| generate_simple_self_signed([name.to_owned()]).unwrap();
+    let (own, others, misnamed) = (
+        certify("127.0.0.1"),
+        certify("127.0.0.1"),
+        certify("issuer.example"),
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let key = SigningKey::ed25519("a");
+    let token = key.token(&claims(&json!({})));
+    let cases = [
+        ("its own authority", &own, &own, ALLOWED),
+        (
+            "another authority of the same name",
+            &own,
+            &others,
+            UNAVAILABLE,
+        ),
+        ("another server's name", &misnamed, &misnamed, UNAVAILABLE),
+    ];
+    for (what, certificate, trusted, expected) in cases {
+        let document = Says::Document(key_set([&key]));
+        let key_server = KeyServer::start_tls(document, certificate).await;
+        let ca_file = directory.path().join("ca.pem");
+        std::fs::write(&ca_file, trusted.cert.pem()).unwrap();
+        let source = KeySource::new(&key_server.url, Some(&ca_file)).unwrap();
+        let (_database, server) = start_from(source, LEEWAY, pace()).await;
+        assert_eq!(ask(&server, &token).await, expected, "{what}");
+    }
 }
 
 /// Every question there is about a user and an organization, and what is said to it.

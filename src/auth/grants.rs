@@ -9,7 +9,10 @@ use std::{collections::HashMap, fs, path::Path, sync::Arc};
 
 use uuid::Uuid;
 
-use super::{AuthError, Caller, Identity, Organizations, Scopes, tokens::claims::Claim};
+use super::{
+    AuthError, Caller, Identity, Organizations, Scopes,
+    tokens::{claims::Claim, refused},
+};
 use crate::model::{OrganizationId, UserId};
 
 /// Bytes of a grants file: some thousand grants, and each token is held against all of them.
@@ -84,13 +87,15 @@ impl Grants {
         let mut scopes = first.scopes;
         for other in matching {
             if other.reach != first.reach {
-                tracing::debug!("a token matches grants that contradict one another");
-                return Err(AuthError::Invalid);
+                return Err(refused("its grants contradict one another"));
             }
             scopes = scopes.iter().chain(other.scopes.iter()).collect();
         }
         let only_user = if first.reach.only_own_user {
-            Some(UserId(hyphenated(subject).ok_or(AuthError::Invalid)?))
+            let user = hyphenated(subject);
+            Some(UserId(user.ok_or_else(|| {
+                refused("its subject is to be a user, and is no id")
+            })?))
         } else {
             None
         };

@@ -162,7 +162,7 @@ impl Tokens {
 
     fn look_at(&self, token: &str) -> Found {
         if token.len() > TOKEN_BYTES_MAX {
-            return Found::Verdict(Err(AuthError::Invalid));
+            return Found::Verdict(Err(refused("it is too long")));
         }
         let Some(believed) = &*self.0.keys.load() else {
             return Found::KeyUnknown;
@@ -181,10 +181,10 @@ impl Tokens {
             });
         }
         let Some(header) = decode_header(token).ok().filter(is_understood) else {
-            return Found::Verdict(Err(AuthError::Invalid));
+            return Found::Verdict(Err(refused("its header is not understood")));
         };
         let Some(key_id) = &header.kid else {
-            return Found::Verdict(Err(AuthError::Invalid));
+            return Found::Verdict(Err(refused("it names no key")));
         };
         let Some(key) = keys.get(key_id) else {
             return Found::KeyUnknown;
@@ -210,9 +210,8 @@ impl Tokens {
         }
         match self.look_at(token) {
             Found::Verdict(verdict) => verdict,
-            // The issuer's keys of a moment ago do not have it.
-            Found::KeyUnknown if !rounds.borrow().has_failed => Err(AuthError::Invalid),
-            Found::KeyUnknown => Err(AuthError::Unavailable),
+            Found::KeyUnknown if rounds.borrow().has_failed => Err(AuthError::Unavailable),
+            Found::KeyUnknown => Err(refused("the issuer has no such key")),
         }
     }
 
@@ -289,6 +288,14 @@ impl fmt::Debug for Tokens {
     }
 }
 
+/// Says why in the log, at a level for those who look for it; the caller hears nothing of it.
+pub(super) fn refused(why: impl fmt::Display) -> AuthError {
+    // Some of it may be the token's own words.
+    let why = why.to_string();
+    tracing::debug!(why = %why.escape_debug(), "a token was refused");
+    AuthError::Invalid
+}
+
 /// No extension that must be understood, and no other kind of signed message (RFC 8725 section 3.11).
 fn is_understood(header: &Header) -> bool {
     let is_token = |kind: &String| {
@@ -304,20 +311,19 @@ fn verify(token: &str, key: &Key, rules: &TokenRules) -> Result<Verified, AuthEr
     let claims = match decoded {
         Ok(decoded) => decoded.claims,
         Err(error) => {
-            tracing::debug!(%error, "a token was refused");
             return Err(match error.kind() {
                 ErrorKind::ExpiredSignature => AuthError::Expired,
-                _ => AuthError::Invalid,
+                _ => refused(error),
             });
         }
     };
     let (Some(Claim::Number(expires)), Some(Claim::Text(subject))) =
         (claims.get("exp"), claims.get("sub"))
     else {
-        return Err(AuthError::Invalid);
+        return Err(refused("it lacks exp or sub"));
     };
     if subject.is_empty() || subject.len() > SUBJECT_BYTES_MAX {
-        return Err(AuthError::Invalid);
+        return Err(refused("its subject is empty or too long"));
     }
     Ok(Verified {
         caller: Arc::new(rules.grants.caller_of_token(subject, &claims)?),

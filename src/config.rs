@@ -1,12 +1,14 @@
 //! Every setting of the service, its default and why; parsed whole before anything is started.
 
 mod limits;
+mod identity;
 
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
 
 pub use self::limits::LimitSettings;
+pub use self::identity::IdentitySettings;
 
 /// Where clients look first, and nobody else can reach.
 pub const DEFAULT_GRPC_LISTEN: &str = "127.0.0.1:50051";
@@ -81,6 +83,9 @@ pub struct ServeSettings {
 
     #[command(flatten)]
     pub limits: LimitSettings,
+
+    #[command(flatten)]
+    pub identity: IdentitySettings,
 }
 
 impl ServeSettings {

@@ -168,6 +168,9 @@ pub async fn run(
         Arc::clone(&checker.cache),
         Arc::clone(&checker.progress),
     ));
+    if let Some(tokens) = config.authenticator.tokens() {
+        background.spawn(tokens.clone().follow());
+    }
     let stop = CancellationToken::new();
     let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
         routes,

@@ -4,6 +4,9 @@
 //! a credential that is wrong is refused even where none would have been needed.
 
 pub mod access;
+pub mod certificates;
+pub mod grants;
+pub mod tokens;
 
 use std::{
     fmt,
@@ -16,6 +19,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, header::AUTHORIZATION};
 use thiserror::Error;
 
+use self::{certificates::Certificates, tokens::Tokens};
 use crate::model::{OrganizationId, Subject, UserId};
 
 /// What a caller may do. Which call needs which is in [`access`].
@@ -190,6 +194,17 @@ impl Caller {
         Arc::clone(&ANYONE)
     }
 
+    /// Somebody who is known, and may do what any credential may.
+    #[must_use]
+    pub fn without_scope(identity: Identity) -> Self {
+        Self {
+            identity,
+            scopes: Scopes::default(),
+            organizations: Organizations::only([]),
+            only_user: None,
+        }
+    }
+
     /// # Errors
     /// When it does not have the scope.
     pub fn may(&self, scope: Scope) -> Result<(), Forbidden> {
@@ -272,13 +287,44 @@ pub enum Authentication {
 #[derive(Clone, Debug, Default)]
 pub struct Authenticator {
     is_open: bool,
+    tokens: Option<Tokens>,
+    certificates: Option<Certificates>,
 }
+
+/// What an API key begins with, and no token does: a token's first part is base64url of `{"`.
+const KEY_PREFIX: &str = "hp_";
 
 impl Authenticator {
     /// Lets everybody in, with every scope: for sockets that only this machine can reach.
     #[must_use]
     pub fn open() -> Self {
-        Self { is_open: true }
+        Self {
+            is_open: true,
+            ..Self::default()
+        }
+    }
+
+    /// Accepts these tokens too.
+    #[must_use]
+    pub fn with_tokens(self, tokens: Tokens) -> Self {
+        let tokens = Some(tokens);
+        Self { tokens, ..self }
+    }
+
+    /// Accepts these certificates too.
+    #[must_use]
+    pub fn with_certificates(self, certificates: Certificates) -> Self {
+        let certificates = Some(certificates);
+        Self {
+            certificates,
+            ..self
+        }
+    }
+
+    /// The tokens whose issuer's keys are to be followed.
+    #[must_use]
+    pub fn tokens(&self) -> Option<&Tokens> {
+        self.tokens.as_ref()
     }
 
     /// Finds out who calls.
@@ -289,8 +335,14 @@ impl Authenticator {
             Err(error) => return Authentication::Known(Err(error)),
             Ok(credential) => credential,
         };
-        let _ = (credential, peer);
-        Authentication::Known(Err(AuthError::Invalid))
+        Authentication::Known(match (credential, &self.tokens, &self.certificates) {
+            (Some(key), _, _) if key.starts_with(KEY_PREFIX) => Err(AuthError::Invalid),
+            (Some(token), Some(tokens), _) => return tokens.authenticate(token),
+            // One that is wrong here is refused even if a certificate is there.
+            (Some(_), None, _) => Err(AuthError::Invalid),
+            (None, _, Some(certificates)) => certificates.authenticate(&peer.certificate_names),
+            (None, _, None) => Err(AuthError::Missing),
+        })
     }
 }
 

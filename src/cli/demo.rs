@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{
     database::Database,
-    interrupted,
+    identity, interrupted,
     serve::{bind, serve},
 };
 use crate::{
@@ -40,6 +40,7 @@ impl Demo {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
+        let authenticator = identity::authenticator(&self.settings.identity)?;
         let listener = bind(&self.settings.grpc_listen).await?;
         let private = DatabaseSettings {
             database_url: None,
@@ -64,6 +65,7 @@ impl Demo {
             database,
             None,
             &self.settings,
+            authenticator,
             listener,
             move || println!("{guide}"),
             interrupted,

@@ -3,6 +3,7 @@
 mod check;
 mod database;
 mod demo;
+mod identity;
 mod list;
 mod migrate;
 mod postgres;

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Error, anyhow, ensure};
 use tokio::net::{TcpListener, UnixListener};
 
-use super::{database::Database, interrupted};
+use super::{database::Database, identity, interrupted};
 use crate::{
     auth::Authenticator,
     config::{
@@ -52,6 +52,7 @@ impl Serve {
         let feed_database = feed_database
             .transpose()
             .map_err(|error: String| anyhow!("--feed-database-url: {error}"))?;
+        let authenticator = identity::authenticator(&self.settings.identity)?;
         // A port that is taken is the commonest mistake: found before a database is started.
         let listener = bind(&self.settings.grpc_listen).await?;
         let database = tokio::select! {
@@ -62,6 +63,7 @@ impl Serve {
             database,
             feed_database,
             &self.settings,
+            authenticator,
             listener,
             || (),
             interrupted,
@@ -76,6 +78,7 @@ pub(super) async fn serve(
     database: Database,
     feed_database: Option<DatabaseUrl>,
     settings: &ServeSettings,
+    authenticator: Authenticator,
     listener: Listener,
     on_ready: impl FnOnce(),
     interrupted: impl Future<Output = ()>,
@@ -85,7 +88,7 @@ pub(super) async fn serve(
         feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
         staleness_bound: settings.staleness_bound,
         staleness_ceiling: settings.staleness_ceiling,
-        authenticator: Arc::new(Authenticator::open()),
+        authenticator: Arc::new(authenticator),
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,

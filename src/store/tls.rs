@@ -456,7 +456,10 @@ mod tests {
     fn what_contradicts_itself_or_is_unknown_is_refused() {
         let cases = [
             ("postgres://u@h?sslmode=allow", "sslmode=`allow`"),
-            ("postgres://u@h?sslmode=Verify-Full", "sslmode=`Verify-Full`"),
+            (
+                "postgres://u@h?sslmode=Verify-Full",
+                "sslmode=`Verify-Full`",
+            ),
             ("postgres://u@h?sslmode=", "sslmode=``"),
             ("postgres://u@h?sslmode=verify-ca", "needs sslrootcert"),
             (

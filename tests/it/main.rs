@@ -21,6 +21,7 @@ mod calls;
 mod commands;
 mod commit_order;
 mod database;
+mod database_tls;
 mod deadlines;
 mod dump;
 mod embedded;

@@ -36,6 +36,7 @@ mod left_again;
 mod limits;
 mod lists;
 mod log;
+mod log_lines;
 mod matrix;
 mod migrate;
 mod names;

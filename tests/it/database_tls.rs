@@ -13,6 +13,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU8, Ordering},
     },
+    time::Instant,
 };
 
 use hallpass::{
@@ -32,7 +33,7 @@ use tokio_postgres::Client;
 
 use crate::{
     database::{as_role, connect, eventually},
-    pools::{HANG, HANGING},
+    pools::{CANCELLED_WITHIN, HANG, HANGING},
     roles::make_roles,
     server::{APPROVE, Server, config, fill, set_role},
     support::{options, temporary_directory},
@@ -408,12 +409,14 @@ async fn all_that_a_service_says_is_encrypted() {
     let url = as_role(&url, "hallpass_service").parse().unwrap();
     let store = Store::new(&url).unwrap();
     let before = begun.lock().unwrap().len();
+    let began = Instant::now();
     store.ping().await.unwrap_err();
     eventually("the question is given up", async || {
         let row = server.superuser.query_one(HANGING, &[]).await;
         row.unwrap().get::<_, i64>(0) == 0
     })
     .await;
+    assert!(began.elapsed() < CANCELLED_WITHIN, "{:?}", began.elapsed());
     let begun = begun.lock().unwrap().clone();
     assert_eq!(begun.len() - before, 2, "a question and a cancellation");
     assert!(begun.iter().all(|first| *first == SSL_REQUEST), "{begun:?}");

@@ -249,7 +249,7 @@ WHERE datname = current_database() AND application_name = 'hallpass' AND state =
   AND query LIKE '%pg_is_in_recovery%'";
 
 /// Less than the database's own limit on a statement.
-const CANCELLED_WITHIN: Duration = Duration::from_secs(3);
+pub(crate) const CANCELLED_WITHIN: Duration = Duration::from_secs(3);
 
 #[tokio::test]
 async fn what_nobody_waits_for_any_more_is_cancelled() {

@@ -105,7 +105,7 @@ impl TlsPostgres {
     }
 
     /// Writes everybody's certificates: two authorities' (`ca`, `other`), of the first the server's (`server`,
-    /// `expired`) and a client's (`client`).
+    /// `expired`) and a client's (`client`), and one that a server has made itself (`own`).
     fn certify(&self) {
         let authority = |name: &str| {
             let mut params = CertificateParams::new([]).unwrap();
@@ -129,6 +129,12 @@ impl TlsPostgres {
         server.not_before = date_time_ymd(2020, 1, 1);
         server.not_after = date_time_ymd(2021, 1, 1);
         certify("expired", server);
+        // As `openssl req -x509` makes it.
+        let mut own = CertificateParams::new(["db.test".to_owned()]).unwrap();
+        own.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        self.write("own.crt", &own.self_signed(&key).unwrap().pem());
+        self.write("own.key", &key.serialize_pem());
         let mut client = CertificateParams::new([]).unwrap();
         client
             .distinguished_name
@@ -274,6 +280,15 @@ async fn each_mode_takes_the_servers_that_it_should() {
             TLS | db.test | sslmode=require
             certificate expired | db.test | sslmode=verify-ca&sslrootcert=ca
             certificate expired | db.test | sslmode=verify-full&sslrootcert=ca
+            ",
+        )
+        .await;
+    server.show(Some("own")).await;
+    server
+        .assert_connections(
+            "
+            TLS | db.test | sslmode=require
+            CaUsedAsEndEntity | db.test | sslmode=verify-full&sslrootcert=own
             ",
         )
         .await;

@@ -5,12 +5,13 @@ mod database;
 mod demo;
 mod identity;
 mod list;
+mod log;
 mod migrate;
 mod postgres;
 mod serve;
 
 use std::{
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     process::ExitCode,
 };
 
@@ -19,7 +20,6 @@ use tokio::{
     runtime::Runtime,
     signal::unix::{SignalKind, signal},
 };
-use tracing_subscriber::EnvFilter;
 
 /// Permission checks served from your own PostgreSQL tables.
 #[derive(Debug, Parser)]
@@ -45,7 +45,7 @@ enum Command {
 /// Whatever kept the command from its work.
 pub fn run() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
-    log_to_stderr();
+    log::start();
     Runtime::new()?.block_on(async {
         match cli.command {
             Command::Serve(command) => command.run().await,
@@ -64,17 +64,6 @@ fn answer(text: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written,
     }
-}
-
-/// Standard output belongs to what a command answers.
-fn log_to_stderr() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .with_target(false)
-        .init();
 }
 
 /// Completes at the first SIGINT or SIGTERM after the call.

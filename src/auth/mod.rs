@@ -4,6 +4,8 @@
 //! a credential that is wrong is refused even where none would have been needed.
 
 pub mod access;
+pub mod api_key;
+pub mod keys;
 
 use std::{
     fmt,
@@ -16,6 +18,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, header::AUTHORIZATION};
 use thiserror::Error;
 
+use self::{api_key::PREFIX, keys::ApiKeys};
 use crate::model::{OrganizationId, Subject, UserId};
 
 /// What a caller may do. Which call needs which is in [`access`].
@@ -268,17 +271,34 @@ pub enum Authentication {
     Pending(BoxFuture<'static, Result<Arc<Caller>, AuthError>>),
 }
 
-/// Knows callers by what they send, in every way that the service was told to accept.
+/// Knows callers by what they send, in every way that the service was told to accept; by default in none.
 #[derive(Clone, Debug, Default)]
 pub struct Authenticator {
     is_open: bool,
+    keys: Option<ApiKeys>,
 }
 
 impl Authenticator {
     /// Lets everybody in, with every scope: for sockets that only this machine can reach.
     #[must_use]
     pub fn open() -> Self {
-        Self { is_open: true }
+        Self {
+            is_open: true,
+            ..Self::default()
+        }
+    }
+
+    /// Accepts these API keys too.
+    #[must_use]
+    pub fn with_keys(self, keys: ApiKeys) -> Self {
+        let keys = Some(keys);
+        Self { keys, ..self }
+    }
+
+    /// The API keys that are to be followed in the database.
+    #[must_use]
+    pub fn keys(&self) -> Option<&ApiKeys> {
+        self.keys.as_ref()
     }
 
     /// Finds out who calls.
@@ -289,8 +309,12 @@ impl Authenticator {
             Err(error) => return Authentication::Known(Err(error)),
             Ok(credential) => credential,
         };
-        let _ = (credential, peer);
-        Authentication::Known(Err(AuthError::Invalid))
+        let _ = peer;
+        Authentication::Known(match (credential, &self.keys) {
+            (Some(key), Some(keys)) if key.starts_with(PREFIX) => return keys.authenticate(key),
+            (Some(_), _) => Err(AuthError::Invalid),
+            (None, _) => Err(AuthError::Missing),
+        })
     }
 }
 

@@ -15,7 +15,7 @@ const MAY_IMPORT: [(&str, &[&str]); 16] = [
     ("model", &[]),
     ("embedded", &[]),
     ("store", &["model"]),
-    ("auth", &["model"]),
+    ("auth", &["model", "store"]),
     ("cache", &["model"]),
     ("config", &["store"]),
     ("history", &["cache", "model"]),

@@ -10,10 +10,10 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Error, anyhow, ensure};
+use anyhow::{Context, Error, anyhow};
 use tokio::net::{TcpListener, UnixListener};
 
-use super::{database::Database, interrupted};
+use super::{authenticator::authenticator, database::Database, interrupted};
 use crate::{
     auth::Authenticator,
     config::{
@@ -52,6 +52,7 @@ impl Serve {
         let feed_database = feed_database
             .transpose()
             .map_err(|error: String| anyhow!("--feed-database-url: {error}"))?;
+        let authenticator = authenticator(&self.settings)?;
         // A port that is taken is the commonest mistake: found before a database is started.
         let listener = bind(&self.settings.grpc_listen).await?;
         let database = tokio::select! {
@@ -62,6 +63,7 @@ impl Serve {
             database,
             feed_database,
             &self.settings,
+            authenticator,
             listener,
             || (),
             interrupted,
@@ -76,6 +78,7 @@ pub(super) async fn serve(
     database: Database,
     feed_database: Option<DatabaseUrl>,
     settings: &ServeSettings,
+    authenticator: Authenticator,
     listener: Listener,
     on_ready: impl FnOnce(),
     interrupted: impl Future<Output = ()>,
@@ -85,7 +88,7 @@ pub(super) async fn serve(
         feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
         staleness_bound: settings.staleness_bound,
         staleness_ceiling: settings.staleness_ceiling,
-        authenticator: Arc::new(Authenticator::open()),
+        authenticator: Arc::new(authenticator),
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
@@ -109,11 +112,6 @@ pub(super) async fn serve(
 }
 
 pub(super) async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
-    ensure!(
-        address.is_local(),
-        "--grpc-listen can be reached from other machines, and callers are not authenticated yet: \
-         use a loopback address or unix:PATH"
-    );
     match address {
         ListenAddress::Tcp(address) => {
             let listener = TcpListener::bind(address)

@@ -6,6 +6,7 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod access;
 mod adopt_cases;
 mod adopt_guarded;
 mod adopt_indexes;
@@ -31,6 +32,10 @@ mod histories;
 mod history;
 mod indexes;
 mod inspect;
+mod key_commands;
+mod key_outage;
+mod keyring;
+mod keys;
 mod left_again;
 mod limits;
 mod lists;

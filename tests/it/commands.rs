@@ -467,8 +467,8 @@ async fn serve_and_migrate_say_why_they_will_not_on_one_line() {
     }
     let addresses = [
         (&*taken, "cannot listen on 127.0.0.1:"),
-        ("0.0.0.0:0", "not authenticated"),
-        ("[::]:0", "not authenticated"),
+        ("0.0.0.0:0", "say who may call"),
+        ("[::]:0", "say who may call"),
         ("unix:/no/such/directory/socket", "cannot listen on unix:"),
     ];
     for (address, expected) in addresses {

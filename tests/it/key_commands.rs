@@ -160,7 +160,7 @@ async fn a_key_is_made_used_listed_and_revoked_and_nobody_logs_it() {
         .find(|row| row.starts_with(key_id(&key)))
         .unwrap();
     assert!(
-        row.contains(&format!("the website  check,list  ")) && row.contains(&lincoln),
+        row.contains("the website  check,list  ") && row.contains(&lincoln),
         "{row}"
     );
     assert!(row.ends_with("valid"), "{row}");

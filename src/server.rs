@@ -291,12 +291,20 @@ fn spawn_background(
         config.audit_retention_days,
         config.maintenance_interval,
     ));
+    let keys = config.authenticator.keys().cloned();
+    if let Some(keys) = keys.clone() {
+        background.spawn(keys.follow(config.database.clone(), Arc::clone(&checker.store)));
+    }
     background.spawn(warm_up(
         Arc::clone(checker),
         config.cache_capacity,
         has_warmed,
     ));
-    Readiness { inspected, warmed }
+    Readiness {
+        inspected,
+        keys,
+        warmed,
+    }
 }
 
 /// Returns when a background task panics. Only the warm-up ends by itself.

@@ -4,8 +4,10 @@
 //! a credential that is wrong is refused even where none would have been needed.
 
 pub mod access;
+pub mod api_key;
 pub mod certificates;
 pub mod grants;
+pub mod keys;
 pub mod tokens;
 
 use std::{
@@ -19,7 +21,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, header::AUTHORIZATION};
 use thiserror::Error;
 
-use self::{certificates::Certificates, tokens::Tokens};
+use self::{api_key::PREFIX, certificates::Certificates, keys::ApiKeys, tokens::Tokens};
 use crate::model::{OrganizationId, Subject, UserId};
 
 /// What a caller may do. Which call needs which is in [`access`].
@@ -283,16 +285,14 @@ pub enum Authentication {
     Pending(BoxFuture<'static, Result<Arc<Caller>, AuthError>>),
 }
 
-/// Knows callers by what they send, in every way that the service was told to accept.
+/// Knows callers by what they send, in every way that the service was told to accept; by default in none.
 #[derive(Clone, Debug, Default)]
 pub struct Authenticator {
     is_open: bool,
+    keys: Option<ApiKeys>,
     tokens: Option<Tokens>,
     certificates: Option<Certificates>,
 }
-
-/// What an API key begins with, and no token does: a token's first part is base64url of `{"`.
-const KEY_PREFIX: &str = "hp_";
 
 impl Authenticator {
     /// Lets everybody in, with every scope: for sockets that only this machine can reach.
@@ -302,6 +302,13 @@ impl Authenticator {
             is_open: true,
             ..Self::default()
         }
+    }
+
+    /// Accepts these API keys too.
+    #[must_use]
+    pub fn with_keys(self, keys: ApiKeys) -> Self {
+        let keys = Some(keys);
+        Self { keys, ..self }
     }
 
     /// Accepts these tokens too.
@@ -321,6 +328,12 @@ impl Authenticator {
         }
     }
 
+    /// The API keys that are to be followed in the database.
+    #[must_use]
+    pub fn keys(&self) -> Option<&ApiKeys> {
+        self.keys.as_ref()
+    }
+
     /// The tokens whose issuer's keys are to be followed.
     #[must_use]
     pub fn tokens(&self) -> Option<&Tokens> {
@@ -335,14 +348,22 @@ impl Authenticator {
             Err(error) => return Authentication::Known(Err(error)),
             Ok(credential) => credential,
         };
-        Authentication::Known(match (credential, &self.tokens, &self.certificates) {
-            (Some(key), _, _) if key.starts_with(KEY_PREFIX) => Err(AuthError::Invalid),
-            (Some(token), Some(tokens), _) => return tokens.authenticate(token),
-            // One that is wrong here is refused even if a certificate is there.
-            (Some(_), None, _) => Err(AuthError::Invalid),
-            (None, _, Some(certificates)) => certificates.authenticate(&peer.certificate_names),
-            (None, _, None) => Err(AuthError::Missing),
-        })
+        let known = match credential {
+            Some(key) if key.starts_with(PREFIX) => match &self.keys {
+                Some(keys) => return keys.authenticate(key),
+                None => Err(AuthError::Invalid),
+            },
+            Some(token) => match &self.tokens {
+                Some(tokens) => return tokens.authenticate(token),
+                // One that is wrong here is refused even if a certificate is there.
+                None => Err(AuthError::Invalid),
+            },
+            None => match &self.certificates {
+                Some(certificates) => certificates.authenticate(&peer.certificate_names),
+                None => Err(AuthError::Missing),
+            },
+        };
+        Authentication::Known(known)
     }
 }
 

@@ -6,8 +6,9 @@ use anyhow::{Context, Error};
 use uuid::Uuid;
 
 use super::{
+    authenticator::authenticator,
     database::Database,
-    identity, interrupted,
+    interrupted,
     serve::{bind, serve},
 };
 use crate::{
@@ -40,7 +41,7 @@ impl Demo {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
-        let authenticator = identity::authenticator(&self.settings.identity)?;
+        let authenticator = authenticator(&self.settings)?;
         let listener = bind(&self.settings.grpc_listen).await?;
         let private = DatabaseSettings {
             database_url: None,

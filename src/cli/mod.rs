@@ -1,9 +1,10 @@
 //! The command line: one file a command, one enum that names them.
 
+mod authenticator;
 mod check;
 mod database;
 mod demo;
-mod identity;
+mod keys;
 mod list;
 mod log;
 mod migrate;
@@ -37,6 +38,7 @@ enum Command {
     Postgres(postgres::Postgres),
     Check(check::Check),
     List(list::List),
+    Keys(keys::Keys),
 }
 
 /// Runs the command that the process was given; each chooses its exit code, and an error is 2.
@@ -54,6 +56,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
             Command::Postgres(command) => command.run().await,
             Command::Check(command) => command.run().await,
             Command::List(command) => command.run().await,
+            Command::Keys(command) => command.run().await,
         }
     })
 }

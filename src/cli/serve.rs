@@ -10,10 +10,10 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Error, anyhow, ensure};
+use anyhow::{Context, Error, anyhow};
 use tokio::net::{TcpListener, UnixListener};
 
-use super::{database::Database, identity, interrupted};
+use super::{authenticator::authenticator, database::Database, interrupted};
 use crate::{
     auth::Authenticator,
     config::{
@@ -52,7 +52,7 @@ impl Serve {
         let feed_database = feed_database
             .transpose()
             .map_err(|error: String| anyhow!("--feed-database-url: {error}"))?;
-        let authenticator = identity::authenticator(&self.settings.identity)?;
+        let authenticator = authenticator(&self.settings)?;
         // A port that is taken is the commonest mistake: found before a database is started.
         let listener = bind(&self.settings.grpc_listen).await?;
         let database = tokio::select! {
@@ -113,11 +113,6 @@ pub(super) async fn serve(
 }
 
 pub(super) async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
-    ensure!(
-        address.is_local(),
-        "--grpc-listen can be reached from other machines, and callers are not authenticated yet: \
-         use a loopback address or unix:PATH"
-    );
     match address {
         ListenAddress::Tcp(address) => {
             let listener = TcpListener::bind(address)

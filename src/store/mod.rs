@@ -4,6 +4,7 @@
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
 mod adoption;
+pub mod api_keys;
 pub mod demo;
 pub mod lists;
 pub mod load;

@@ -6,6 +6,7 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod access;
 mod adopt_cases;
 mod adopt_guarded;
 mod adopt_indexes;
@@ -34,6 +35,10 @@ mod history;
 mod indexes;
 mod inspect;
 mod issuer;
+mod key_commands;
+mod key_outage;
+mod keyring;
+mod keys;
 mod left_again;
 mod limits;
 mod lines;

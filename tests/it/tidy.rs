@@ -15,7 +15,7 @@ const MAY_IMPORT: [(&str, &[&str]); 17] = [
     ("model", &[]),
     ("embedded", &[]),
     ("store", &["model"]),
-    ("auth", &["model"]),
+    ("auth", &["model", "store"]),
     ("cache", &["model"]),
     ("limits", &["auth"]),
     ("config", &["limits", "store"]),

@@ -15,6 +15,9 @@ use crate::{
 
 const UNAVAILABLE: &str = "CREDENTIALS_UNAVAILABLE";
 
+/// Several times what any wait here should take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// Short, so that a test sees both ends.
 const SHORT: Timing = Timing {
     staleness_bound: Duration::from_millis(300),
@@ -24,8 +27,10 @@ const SHORT: Timing = Timing {
 
 /// Asks until the answer is another than the last; returns when that one was asked for, and what it is.
 async fn while_said(server: &Server, key: &str, expected: &str) -> (Instant, String) {
+    let began = Instant::now();
     loop {
         let asked = Instant::now();
+        assert!(asked.duration_since(began) < PATIENCE, "still `{expected}`");
         let said = with_key(server, key).await;
         if said != expected {
             return (asked, said);

@@ -37,7 +37,7 @@ const READ_WAIT_MAX: Duration = Duration::from_secs(5);
 /// How long a new connection may take: within a region it takes milliseconds.
 const CONNECT_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// Waits after the database was not reached: doubled from the first to the last.
+/// Waits after the database was not reached: doubled from the first to the last, or to half of a shorter staleness bound.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LAST: Duration = Duration::from_secs(1);
 
@@ -47,9 +47,10 @@ const RECORD_WAIT_MAX: Duration = Duration::from_millis(500);
 impl ApiKeys {
     /// Follows the keys until it is dropped, through every loss of the connection.
     pub async fn follow(self, url: DatabaseUrl, store: Arc<Store>) {
-        let interval = self.0.timing.staleness_bound / POLLS_A_BOUND;
+        let bound = self.0.timing.staleness_bound;
+        let retry_last = (bound / 2).clamp(RETRY_FIRST, RETRY_LAST);
         let mut follower = Follower {
-            interval: interval.clamp(POLL_INTERVAL_MIN, POLL_INTERVAL),
+            interval: (bound / POLLS_A_BOUND).clamp(POLL_INTERVAL_MIN, POLL_INTERVAL),
             keys: self,
             url,
             store,
@@ -66,7 +67,7 @@ impl ApiKeys {
                     tracing::warn!(%error, is_away = outcome == Outcome::Away, "lost the API keys");
                     said = error;
                 }
-                retry = (retry * 2).min(RETRY_LAST);
+                retry = (retry * 2).min(retry_last);
                 retry
             } else {
                 if !said.is_empty() {

@@ -322,15 +322,23 @@ async fn serve_says_what_is_wrong_before_anything_starts() {
     let wrong = write("wrong.toml", &SERVICE.replace("\"all\"", "7"));
     let empty = write("empty.pem", "");
     let data = directory.path().join("data");
-    let jwt = ["--jwt-issuer", "i", "--jwt-audience", "a", "--jwt-jwks"];
+    let jwt = [
+        "--auth",
+        "jwt",
+        "--jwt-issuer",
+        "i",
+        "--jwt-audience",
+        "a",
+        "--jwt-jwks",
+    ];
     let cases: &[(&[&str], &[&str], &str)] = &[
         (
-            &["--grants", &wrong],
+            &["--auth", "mtls", "--grants", &wrong],
             &[],
             "wrong.toml: line 6: organizations must be",
         ),
         (
-            &["--grants", "/nowhere.toml"],
+            &["--auth", "mtls", "--grants", "/nowhere.toml"],
             &[],
             "--grants /nowhere.toml: No such file",
         ),
@@ -344,7 +352,14 @@ async fn serve_says_what_is_wrong_before_anything_starts() {
             &[],
             "--jwt-issuer and --jwt-jwks need --jwt-audience",
         ),
-        (&jwt, &["k"], "--jwt-issuer needs --grants"),
+        (&jwt, &["k"], "--auth mtls need --grants"),
+        (&jwt[2..], &["k"], "of no use without --auth jwt"),
+        (&["--auth", "jwt"], &[], "--auth jwt needs --jwt-issuer"),
+        (
+            &["--grants", &right],
+            &[],
+            "--grants is of no use without --auth jwt or --auth mtls",
+        ),
         (
             &jwt,
             &["k", "--grants", &right, "--jwt-leeway", "10m"],

@@ -1,8 +1,16 @@
 //! Every setting of the service, its default and why; parsed whole before anything is started.
 
+mod connections;
+mod tls;
+
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
+
+pub use self::{
+    connections::ConnectionSettings,
+    tls::{TLS_RELOAD_INTERVAL, TlsSettings},
+};
 
 /// Where clients look first, and nobody else can reach.
 pub const DEFAULT_GRPC_LISTEN: &str = "127.0.0.1:50051";
@@ -74,6 +82,12 @@ pub struct ServeSettings {
     /// After SIGTERM, say NOT_SERVING for this long before turning callers away
     #[arg(long, env = "HALLPASS_LAME_DUCK", default_value = DEFAULT_LAME_DUCK, value_parser = parse_duration)]
     pub lame_duck: Duration,
+
+    #[command(flatten)]
+    pub tls: TlsSettings,
+
+    #[command(flatten)]
+    pub connections: ConnectionSettings,
 }
 
 impl ServeSettings {
@@ -123,9 +137,22 @@ impl fmt::Debug for Secret {
 /// Which service a client command asks.
 #[derive(Args, Clone, Debug)]
 pub struct ClientSettings {
-    /// The service: http://HOST:PORT or unix:PATH
+    /// The service: http://HOST:PORT, https://HOST:PORT or unix:PATH
     #[arg(long, env = "HALLPASS_ENDPOINT", default_value_t = format!("http://{DEFAULT_GRPC_LISTEN}"), value_parser = NonEmptyStringValueParser::new())]
     pub endpoint: String,
+
+    /// With https, the authorities that the service's certificate may come from: a PEM file; by default those that this
+    /// machine trusts
+    #[arg(long, env = "HALLPASS_CA_FILE")]
+    pub ca_file: Option<PathBuf>,
+
+    /// With https, a certificate to show to the service, and those that lead to its authority: a PEM file
+    #[arg(long, env = "HALLPASS_CLIENT_CERTIFICATE", requires = "client_key")]
+    pub client_certificate: Option<PathBuf>,
+
+    /// The client certificate's private key: a PEM file
+    #[arg(long, env = "HALLPASS_CLIENT_KEY", requires = "client_certificate")]
+    pub client_key: Option<PathBuf>,
 }
 
 /// Where a service listens.

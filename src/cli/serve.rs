@@ -17,11 +17,14 @@ use super::{database::Database, interrupted};
 use crate::{
     auth::Authenticator,
     config::{
-        DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, MAINTENANCE_INTERVAL,
-        Secret, ServeSettings,
+        ConnectionSettings, DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress,
+        MAINTENANCE_INTERVAL, Secret, ServeSettings, TLS_RELOAD_INTERVAL, TlsSettings,
     },
     selfcheck::SAMPLE_EVERY,
-    server::{self, Config, Listener},
+    server::{
+        self, Config, Connections, Listener, Tls, TlsFiles,
+        tls::{HTTP2, TlsError},
+    },
     store::DatabaseUrl,
 };
 
@@ -52,6 +55,7 @@ impl Serve {
         let feed_database = feed_database
             .transpose()
             .map_err(|error: String| anyhow!("--feed-database-url: {error}"))?;
+        let tls = load_tls(&self.settings.tls)?;
         // A port that is taken is the commonest mistake: found before a database is started.
         let listener = bind(&self.settings.grpc_listen).await?;
         let database = tokio::select! {
@@ -62,6 +66,7 @@ impl Serve {
             database,
             feed_database,
             &self.settings,
+            tls,
             listener,
             || (),
             interrupted,
@@ -76,16 +81,20 @@ pub(super) async fn serve(
     database: Database,
     feed_database: Option<DatabaseUrl>,
     settings: &ServeSettings,
+    tls: Option<Tls>,
     listener: Listener,
     on_ready: impl FnOnce(),
     interrupted: impl Future<Output = ()>,
 ) -> anyhow::Result<ExitCode> {
+    say_who_can_listen(&settings.grpc_listen, tls.as_ref());
     let config = Config {
         database: database.url.clone(),
         feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
         staleness_bound: settings.staleness_bound,
         staleness_ceiling: settings.staleness_ceiling,
         authenticator: Arc::new(Authenticator::open()),
+        tls: tls.map(Arc::new),
+        connections: (&settings.connections).into(),
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
@@ -128,6 +137,48 @@ pub(super) async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
                 .with_context(|| format!("cannot listen on unix:{}", path.display()))?;
             tracing::info!(path = %path.display(), "listening for gRPC");
             Ok(Listener::Unix(listener))
+        }
+    }
+}
+
+/// Reads certificates and key, before anything is started.
+pub(super) fn load_tls(settings: &TlsSettings) -> Result<Option<Tls>, TlsError> {
+    let (Some(certificate), Some(key)) = (&settings.tls_certificate, &settings.tls_key) else {
+        return Ok(None);
+    };
+    let files = TlsFiles {
+        certificate: certificate.clone(),
+        key: key.clone(),
+        client_ca: settings.tls_client_ca.clone(),
+    };
+    Tls::load(files, &[HTTP2], TLS_RELOAD_INTERVAL).map(Some)
+}
+
+fn say_who_can_listen(address: &ListenAddress, tls: Option<&Tls>) {
+    match (address, tls) {
+        (ListenAddress::Tcp(_), Some(tls)) => {
+            let client_certificates = tls.asks_for_certificates();
+            tracing::info!(client_certificates, "TLS is on");
+        }
+        (address, None) if !address.is_local() => {
+            tracing::warn!(
+                "TLS is off and other machines can reach the service: set --tls-certificate and --tls-key unless \
+                 something in front of it speaks TLS"
+            );
+        }
+        _ => tracing::info!("TLS is off"),
+    }
+}
+
+impl From<&ConnectionSettings> for Connections {
+    fn from(settings: &ConnectionSettings) -> Self {
+        let some = |limit: usize| (limit > 0).then_some(limit);
+        Self {
+            connections_max: settings.connections_max.get(),
+            address_connections_max: some(settings.address_connections_max).unwrap_or(usize::MAX),
+            age_max: (!settings.connection_age_max.is_zero())
+                .then_some(settings.connection_age_max),
+            ..Self::default()
         }
     }
 }

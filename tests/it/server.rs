@@ -11,7 +11,7 @@ use hallpass::{
     auth::Authenticator,
     config,
     selfcheck::SAMPLE_EVERY,
-    server::{self, Config, Listener, ServeError},
+    server::{self, Config, Connections, Listener, ServeError},
     store::DatabaseUrl,
 };
 use hallpass_client::{
@@ -77,6 +77,8 @@ pub(crate) fn config(url: &str) -> Config {
         staleness_bound: Duration::from_secs(2),
         staleness_ceiling: Duration::from_secs(300),
         authenticator: Arc::new(Authenticator::open()),
+        tls: None,
+        connections: Connections::default(),
         cache_capacity: 100_000,
         warm_up_max: Duration::from_secs(10),
         matrix_refresh_interval: Duration::from_secs(30),

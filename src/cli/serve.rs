@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Error, anyhow, ensure};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::{database::Database, interrupted};
@@ -27,6 +28,9 @@ use crate::{
     },
     store::DatabaseUrl,
 };
+
+/// File descriptors for all but connections: some dozens to the database, listeners, and as many again.
+const DESCRIPTORS_BESIDES: usize = 200;
 
 /// Serve permission checks until interrupted
 #[derive(Debug, clap::Args)]
@@ -94,7 +98,7 @@ pub(super) async fn serve(
         staleness_ceiling: settings.staleness_ceiling,
         authenticator: Arc::new(Authenticator::open()),
         tls: tls.map(Arc::new),
-        connections: (&settings.connections).into(),
+        connections: connections(&settings.connections)?,
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
@@ -170,17 +174,55 @@ fn say_who_can_listen(address: &ListenAddress, tls: Option<&Tls>) {
     }
 }
 
-impl From<&ConnectionSettings> for Connections {
-    fn from(settings: &ConnectionSettings) -> Self {
-        let some = |limit: usize| (limit > 0).then_some(limit);
-        Self {
-            connections_max: settings.connections_max.get(),
-            address_connections_max: some(settings.address_connections_max).unwrap_or(usize::MAX),
-            age_max: (!settings.connection_age_max.is_zero())
-                .then_some(settings.connection_age_max),
-            ..Self::default()
-        }
+/// The bounds on connections; fewer connections where the system gives this process too few file descriptors, so that
+/// the database's are never short of them.
+fn connections(settings: &ConnectionSettings) -> anyhow::Result<Connections> {
+    let asked = settings.connections_max.get();
+    let descriptors = asked.saturating_add(DESCRIPTORS_BESIDES) as u64;
+    let given = raise_descriptor_limit(descriptors)?;
+    let connections_max = match usize::try_from(given.min(descriptors)) {
+        Ok(given) => given.saturating_sub(DESCRIPTORS_BESIDES).max(1),
+        Err(_) => asked,
+    };
+    if connections_max < asked {
+        tracing::warn!(
+            connections_max,
+            "file descriptors are limited to {given}: fewer connections than --connections-max={asked}"
+        );
     }
+    let address_connections_max = match settings.address_connections_max {
+        0 => connections_max,
+        max => max,
+    };
+    let has_age = !settings.connection_age_max.is_zero();
+    let age_max = has_age.then_some(settings.connection_age_max);
+    Ok(Connections::new(
+        connections_max,
+        address_connections_max,
+        age_max,
+    ))
+}
+
+/// Raises this process's limit, where it is lower, as far as the system lets it; returns what it is then. A shell's
+/// 1,024 are a convention.
+fn raise_descriptor_limit(descriptors: u64) -> io::Result<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    let (current, maximum) = (
+        limit.current.unwrap_or(u64::MAX),
+        limit.maximum.unwrap_or(u64::MAX),
+    );
+    let raised = descriptors.min(maximum);
+    if current >= raised {
+        return Ok(current);
+    }
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: Some(raised),
+            maximum: limit.maximum,
+        },
+    )?;
+    Ok(raised)
 }
 
 /// A service that was killed leaves its socket behind; one that lives answers on it.

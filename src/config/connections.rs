@@ -12,8 +12,9 @@ const DEFAULT_CONNECTIONS_MAX: &str = "10000";
 /// A hundred replicas behind one address, ten connections each; a single stranger leaves nine tenths to the others.
 const DEFAULT_ADDRESS_CONNECTIONS_MAX: usize = 1_000;
 
-/// Callers spread over new replicas within this time, and whoever shows a certificate shows it again.
-const DEFAULT_CONNECTION_AGE_MAX: &str = "30m";
+/// Callers spread over new replicas within this time, and whoever shows a certificate shows it again. Not shorter,
+/// because some clients do not repeat by themselves what they were about to send just then.
+const DEFAULT_CONNECTION_AGE_MAX: &str = "1h";
 
 /// How many connections there may be, and how old each.
 #[derive(Args, Clone, Debug)]

@@ -1,17 +1,8 @@
-//! What a connection may take, and for how long: every bound with its default and why.
+//! What a connection may take, and for how long; the bounds that are no settings, and why.
 //!
 //! Invariant: whatever the other end does or leaves undone, its connection ends.
 
 use std::time::Duration;
-
-/// A tenth of what a machine with a million file descriptors has; idle, they take about 300 MB.
-pub const CONNECTIONS_MAX: usize = 10_000;
-
-/// A hundred replicas of one service behind one address, ten connections each.
-pub const ADDRESS_CONNECTIONS_MAX: usize = 1_000;
-
-/// Callers spread over new replicas within this time, and what a certificate or address has proven is proven anew.
-pub const AGE_MAX: Duration = Duration::from_secs(30 * 60);
 
 /// Calls take seconds. A stream that is cut goes on where it was, on another connection.
 const AGE_GRACE: Duration = Duration::from_secs(5 * 60);
@@ -46,12 +37,18 @@ pub struct Connections {
     pub keepalive_timeout: Duration,
 }
 
-impl Default for Connections {
-    fn default() -> Self {
+impl Connections {
+    /// With the bounds that are settings.
+    #[must_use]
+    pub fn new(
+        connections_max: usize,
+        address_connections_max: usize,
+        age_max: Option<Duration>,
+    ) -> Self {
         Self {
-            connections_max: CONNECTIONS_MAX,
-            address_connections_max: ADDRESS_CONNECTIONS_MAX,
-            age_max: Some(AGE_MAX),
+            connections_max,
+            address_connections_max,
+            age_max,
             age_grace: AGE_GRACE,
             handshake_timeout: HANDSHAKE_TIMEOUT,
             handshakes_max: HANDSHAKES_MAX,

@@ -109,11 +109,7 @@ mod tests {
 
     #[test]
     fn slots_are_bounded_by_network_and_come_back() {
-        let slots = Slots::new(&Connections {
-            connections_max: 4,
-            address_connections_max: 2,
-            ..Connections::default()
-        });
+        let slots = Slots::new(&Connections::new(4, 2, None));
         let take = |address: &str| slots.take(Some(address.parse().unwrap()));
         let first = take("10.0.0.1").unwrap();
         let _second = take("10.0.0.1").unwrap();

@@ -24,6 +24,7 @@ use rustls::{
 use thiserror::Error;
 use tokio::{
     net::TcpStream,
+    task::spawn_blocking,
     time::{Instant, sleep},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -132,37 +133,45 @@ impl Tls {
         Ok((stream, names))
     }
 
-    /// Follows the files for as long as the service runs, and says when the certificate is about to expire.
+    /// Looks at the files, and uses them for new handshakes if they have changed; returns whether they had. Connections
+    /// stay as they are.
+    ///
+    /// # Errors
+    /// When they cannot be used: the former ones stay in use.
+    pub fn reload(&self) -> Result<bool, TlsError> {
+        let contents = self.files.read()?;
+        // What is in them, not when they were written: Kubernetes swaps a symbolic link.
+        if contents.digest() == self.current.load().digest {
+            return Ok(false);
+        }
+        let loaded = Loaded::new(&self.files, &contents, &self.protocols)?;
+        self.current.store(Arc::new(loaded));
+        Ok(true)
+    }
+
+    /// Reloads for as long as the service runs, and says when the certificate is about to expire.
     pub(super) async fn follow(self: Arc<Self>) {
-        let mut seen = Ok(self.current.load().digest);
+        let mut said = None;
         let mut warned_at = None;
         loop {
             self.warn_of_expiry(&mut warned_at);
             sleep(self.reload_interval).await;
-            let files = self.files.clone();
+            let tls = Arc::clone(&self);
             // A disk that is slow, or away, must not keep the calls of this thread waiting.
-            let Ok(contents) = tokio::task::spawn_blocking(move || files.read()).await else {
-                continue;
-            };
-            let now = contents
-                .as_ref()
-                .map(Contents::digest)
-                .map_err(TlsError::clone);
-            if now == seen {
-                continue;
-            }
-            seen = now;
-            let loaded =
-                contents.and_then(|contents| Loaded::new(&self.files, &contents, &self.protocols));
-            match loaded {
-                Ok(loaded) => {
-                    tracing::info!(expires = %loaded.expires_at, "new certificates are in use");
-                    self.current.store(Arc::new(loaded));
-                    warned_at = None;
+            let reloaded = spawn_blocking(move || tls.reload()).await;
+            match reloaded {
+                Ok(Ok(true)) => {
+                    let expires = self.current.load().expires_at;
+                    tracing::info!(%expires, "new certificates are in use");
+                    (said, warned_at) = (None, None);
                 }
-                Err(error) => {
-                    tracing::error!(%error, "new certificates cannot be used: the former ones stay");
+                Ok(Ok(false)) => said = None,
+                Ok(Err(error)) if said.as_ref() != Some(&error) => {
+                    tracing::error!(%error, "the new certificates cannot be used: the former ones stay");
+                    said = Some(error);
                 }
+                Ok(Err(_)) => {}
+                Err(panic) => tracing::error!(error = %panic, "the certificates were not read"),
             }
         }
     }

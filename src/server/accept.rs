@@ -37,6 +37,8 @@ enum Accepted {
     Unix(UnixStream),
 }
 
+type Failure = (Loss, Option<IpAddr>, io::Error);
+
 /// Accepts connections of one listener.
 pub struct Acceptor {
     listener: Listener,
@@ -44,7 +46,7 @@ pub struct Acceptor {
     tls: Option<Arc<Tls>>,
     connections: Connections,
     slots: Arc<Slots>,
-    handshakes: JoinSet<Result<Io, (Loss, Option<IpAddr>, io::Error)>>,
+    handshakes: JoinSet<Result<Io, Failure>>,
     /// The handshakes, and some that have ended.
     oldest_first: VecDeque<AbortHandle>,
     losses: Losses,

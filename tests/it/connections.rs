@@ -7,6 +7,7 @@ use hallpass_client::tonic::Code;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
+    time::timeout,
 };
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -25,6 +26,8 @@ const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 
 /// The first HEADERS frame of a stream, without the end of its headers: more are to come.
 const HEADERS_WITHOUT_END: [u8; 9] = [0, 0, 0, 1, 0, 0, 0, 0, 1];
+
+const PING: [u8; 17] = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
 
 const LONG: Duration = Duration::from_secs(600);
 
@@ -209,6 +212,29 @@ async fn headers_that_never_end_end_the_connection() {
     assert!(is_served(&mut stream).await);
     stream.write_all(&HEADERS_WITHOUT_END).await.unwrap();
     closed(&mut stream).await;
+}
+
+#[tokio::test]
+async fn whoever_takes_nothing_is_cut_off() {
+    let server = serve(Connections {
+        connections_max: 2,
+        keepalive_interval: Duration::from_millis(100),
+        keepalive_timeout: SHORT,
+        ..connections()
+    })
+    .await;
+    // Asks until the answers, which it never reads, are stuck on their way.
+    let mut deaf = greet(&server).await;
+    assert!(is_served(&mut deaf).await);
+    let pings = PING.repeat(1_000);
+    while timeout(SHORT, deaf.write_all(&pings))
+        .await
+        .is_ok_and(|sent| sent.is_ok())
+    {}
+    eventually("its slot is free", async || {
+        is_served(&mut greet(&server).await).await
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     pin::pin,
     sync::{
         Arc,
@@ -27,7 +28,9 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::{
+    commands::hallpass,
     database::{Database, eventually},
+    names::id,
     pki::{Authority, Files, Issued, Validity},
     server::{APPROVE, Server, config, connections, fill, question, within},
 };
@@ -422,4 +425,61 @@ async fn files_that_are_broken_replace_nothing() {
     })
     .await;
     assert_eq!(tls.reload(), Ok(false));
+}
+
+#[tokio::test]
+async fn the_commands_speak_tls_and_say_which_setting_is_wrong() {
+    let authority = Authority::new();
+    let issued = authority.server(&[LOOPBACK], Validity::Now);
+    let files = Files::new(&issued, Some(&authority.pem));
+    let server = serve(files.load(), authority.believed()).await;
+    let shown = authority.client(&["spiffe://example/a"], &[], Validity::Now);
+    let own = Files::new(&shown, Some(&authority.pem));
+    let path = |path: &Path| path.to_str().unwrap().to_owned();
+    let (ca, certificate, key) = (
+        path(files.paths.client_ca.as_ref().unwrap()),
+        path(&own.paths.certificate),
+        path(&own.paths.key),
+    );
+    let (lincoln, bob) = (id("lincoln").to_string(), id("bob").to_string());
+    let check = async |arguments: &[&str]| {
+        let asked = ["check", &lincoln, &bob, APPROVE];
+        hallpass(&[&asked[..], arguments].concat()).await
+    };
+    let https = ["--endpoint", &server.endpoint];
+    let trusting = [&https[..], &["--ca-file", &ca]].concat();
+    let pair = ["--client-certificate", &*certificate, "--client-key", &*key];
+    for arguments in [trusting.clone(), [&trusting[..], &pair].concat()] {
+        let ran = check(&arguments).await;
+        assert_eq!(ran.code, 0, "{ran:?}");
+    }
+    for (arguments, complaint) in [
+        (https.to_vec(), "nobody answers at https"),
+        (
+            vec!["--ca-file", &*ca],
+            "certificates are for an endpoint https",
+        ),
+        (
+            [&https[..], &["--ca-file", "/no/such/file"]].concat(),
+            "--ca-file: cannot read /no/such/file",
+        ),
+    ] {
+        let ran = check(&arguments).await;
+        assert_eq!(ran.code, 2, "{ran:?}");
+        assert!(ran.complaint().concat().contains(complaint), "{ran:?}");
+    }
+
+    for (arguments, complaint) in [
+        (vec!["--tls-certificate", &*certificate], "--tls-key"),
+        (vec!["--tls-client-ca", &*ca], "--tls-certificate"),
+        (
+            vec!["--tls-certificate", &*certificate, "--tls-key", &*ca],
+            "--tls-key `",
+        ),
+    ] {
+        // Refused before a database is looked for.
+        let ran = hallpass(&[&["serve", "--data-dir", "/no/such"][..], &arguments].concat()).await;
+        assert_eq!(ran.code, 2, "{ran:?}");
+        assert!(ran.complaint().concat().contains(complaint), "{ran:?}");
+    }
 }

@@ -77,7 +77,10 @@ async fn main() -> Result<()> {
     let ratios: Vec<f64> = (keyed_micros.iter().zip(&open_micros))
         .map(|(keyed, open)| keyed / open)
         .collect();
-    println!("processor time of the service a cached check, median of {} rounds of {CHECKS}", ROUNDS - 1);
+    println!(
+        "processor time of the service a cached check, median of {} rounds of {CHECKS}",
+        ROUNDS - 1
+    );
     println!("  without a credential   {:>6.2} µs", median(open_micros));
     println!("  with an API key        {:>6.2} µs", median(keyed_micros));
     println!("  ratio, round by round  {:>6.3}", median(ratios));

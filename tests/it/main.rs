@@ -48,6 +48,7 @@ mod log;
 mod log_lines;
 mod matrix;
 mod migrate;
+mod mtls;
 mod names;
 mod operations;
 mod oracle;

@@ -16,7 +16,7 @@ use super::{
     answer,
     check::{describe, reason_name},
 };
-use crate::config::ClientSettings;
+use crate::config::{ClientSettings, ListenAddress};
 
 /// List what a user may do in an organization
 #[derive(Debug, clap::Args)]
@@ -106,10 +106,26 @@ pub(super) async fn connect(
         Some(token) => Credential::bearer(&token.0)
             .map_err(|_| anyhow!("--token: has characters that no credential has"))?,
     };
+    if settings.token.is_some() && is_read_on_the_way(&settings.endpoint) {
+        tracing::warn!(
+            "--token goes to {} unencrypted: use https://",
+            settings.endpoint
+        );
+    }
     Ok(PermissionServiceClient::with_interceptor(
         channel(settings).await?,
         credential,
     ))
+}
+
+/// Whether others on the network read what is sent there.
+fn is_read_on_the_way(endpoint: &str) -> bool {
+    let Some(address) = endpoint.strip_prefix("http://") else {
+        return false;
+    };
+    !address
+        .parse::<ListenAddress>()
+        .is_ok_and(|address| address.is_local())
 }
 
 async fn channel(client: &ClientSettings) -> anyhow::Result<Channel> {

@@ -3,7 +3,14 @@
 //! Invariant: nobody waits for another's handshake, and whatever goes wrong with one connection or with accepting
 //! ends neither the loop nor another connection. A connection that is turned away is counted.
 
-use std::{collections::VecDeque, convert::Infallible, io, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    convert::Infallible,
+    io,
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{Stream, stream};
 use tokio::{
@@ -18,7 +25,7 @@ use super::{
     slots::{Full, Slot, Slots},
     tls::Tls,
 };
-use crate::auth::Peer;
+use crate::{auth::Peer, limits::network};
 
 /// Without file descriptors `accept` fails at once, again and again; some come back within this time, or many do.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -47,8 +54,8 @@ pub struct Acceptor {
     connections: Connections,
     slots: Arc<Slots>,
     handshakes: JoinSet<Result<Io, Failure>>,
-    /// The handshakes, and some that have ended.
-    oldest_first: VecDeque<AbortHandle>,
+    /// The handshakes with their networks, and some that have ended.
+    oldest_first: VecDeque<(Option<IpAddr>, AbortHandle)>,
     losses: Losses,
 }
 
@@ -120,28 +127,37 @@ impl Acceptor {
                 .map_err(|slow| (Loss::SlowHandshake, address, slow.into()))?
                 .map_err(|error| (Loss::Handshake, address, error))
         });
-        self.oldest_first.push_back(handshake);
+        self.oldest_first
+            .push_back((address.map(network), handshake));
     }
 
-    /// Gives up the handshake that has taken the longest where there are as many as may be. Honest ones take
-    /// milliseconds, so thousands that are begun and left keep none of them out: neither a queue nor turning away
-    /// who comes last can do that.
+    /// Where there are as many handshakes as may be, gives up one: of the network that has the most under way, the one
+    /// that has taken the longest. Honest ones take milliseconds and are few, so thousands that are begun and left keep
+    /// none of them out: neither a queue nor turning away who comes last can do that.
     fn make_room(&mut self) {
-        let max = self.connections.handshakes_max;
-        if self.handshakes.len() >= max {
-            while let Some(oldest) = self.oldest_first.pop_front() {
-                if !oldest.is_finished() {
-                    oldest.abort();
-                    let last = "others had to begin";
-                    self.losses.count(Loss::SlowHandshake, None, &last);
-                    break;
-                }
-            }
-        }
         // A handle keeps the memory of its handshake.
-        if self.oldest_first.len() >= 2 * max {
+        if self.oldest_first.len() >= self.connections.handshakes_max {
             self.oldest_first
-                .retain(|handshake| !handshake.is_finished());
+                .retain(|(_, handshake)| !handshake.is_finished());
+        }
+        if self.oldest_first.len() < self.connections.handshakes_max {
+            return;
+        }
+        let mut under_way: HashMap<Option<IpAddr>, usize> = HashMap::new();
+        for (network, _) in &self.oldest_first {
+            *under_way.entry(*network).or_default() += 1;
+        }
+        let most = under_way
+            .into_iter()
+            .max_by_key(|(_, handshakes)| *handshakes);
+        let given_up = self
+            .oldest_first
+            .iter()
+            .position(|(network, _)| most.is_some_and(|(with_most, _)| with_most == *network));
+        if let Some((_, handshake)) = given_up.and_then(|at| self.oldest_first.remove(at)) {
+            handshake.abort();
+            let last = "others had to begin";
+            self.losses.count(Loss::SlowHandshake, None, &last);
         }
     }
 }

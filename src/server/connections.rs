@@ -29,7 +29,7 @@ pub struct Connections {
     pub age_grace: Duration,
     /// From being accepted to the last byte of the HTTP/2 preface, with TLS in between.
     pub handshake_timeout: Duration,
-    /// Connections that are not as far; for each one more, the one that has taken the longest is given up.
+    /// Connections that are not as far; for each one more, one of the address with the most is given up.
     pub handshakes_max: usize,
     /// Without a request from the peer for this long, it is asked whether it is there.
     pub keepalive_interval: Duration,

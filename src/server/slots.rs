@@ -4,14 +4,12 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use super::connections::Connections;
-
-/// The upper half of an IPv6 address: the rest is the customer's own to choose.
-const IPV6_NETWORK: u128 = !0 << 64;
+use crate::limits::network;
 
 /// The bounds on connections, and what counts against them. All listeners share one.
 #[derive(Debug)]
@@ -92,14 +90,6 @@ impl Drop for Slot {
                 taken.by_network.remove(&network);
             }
         }
-    }
-}
-
-/// What counts as one address.
-fn network(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V4(_) => address,
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & IPV6_NETWORK).into(),
     }
 }
 

@@ -47,12 +47,16 @@ async fn serve(connections: Connections) -> Server {
     .await
 }
 
-/// A connection that has sent its first bytes, from this address of the machine's own.
-async fn greet_from(source: &str, server: &Server) -> TcpStream {
+async fn connect_from(source: &str, server: &Server) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
     let source: SocketAddr = format!("{source}:0").parse().unwrap();
     socket.bind(source).unwrap();
-    let mut stream = socket.connect(server.address).await.unwrap();
+    socket.connect(server.address).await.unwrap()
+}
+
+/// A connection that has sent its first bytes, from this address of the machine's own.
+async fn greet_from(source: &str, server: &Server) -> TcpStream {
+    let mut stream = connect_from(source, server).await;
     // Whoever was closed at once learns of it when it reads.
     drop(stream.write_all(&[PREFACE, &SETTINGS].concat()).await);
     stream
@@ -199,6 +203,29 @@ async fn handshakes_that_are_begun_and_left_keep_nobody_out() {
     for stream in &mut left[..LEFT - HANDSHAKES_MAX] {
         closed(stream).await;
     }
+}
+
+#[tokio::test]
+async fn who_begins_many_handshakes_gives_up_its_own() {
+    const HANDSHAKES_MAX: usize = 8;
+    let server = serve(Connections {
+        handshakes_max: HANDSHAKES_MAX,
+        handshake_timeout: LONG,
+        ..connections()
+    })
+    .await;
+    // Someone far away, whose first bytes are long on their way.
+    let mut honest = connect_from("127.0.0.2", &server).await;
+    let mut left = Vec::new();
+    for _ in 0..10 * HANDSHAKES_MAX {
+        left.push(connect_from("127.0.0.3", &server).await);
+    }
+    for stream in &mut left[..9 * HANDSHAKES_MAX] {
+        closed(stream).await;
+    }
+    let first = [PREFACE, &SETTINGS].concat();
+    honest.write_all(&first).await.unwrap();
+    assert!(is_served(&mut honest).await);
 }
 
 #[tokio::test]

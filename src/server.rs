@@ -19,7 +19,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_stream::wrappers::UnixListenerStream;
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 use tonic::{
     codec::CompressionEncoding,
     service::Routes,
@@ -29,11 +32,14 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use self::readiness::{Readiness, prepare, wait_until_ready, warm_up, watch_health};
 use crate::{
+    audit::tail::Tail,
     auth::Authenticator,
     cache::Cache,
     check::Checker,
     feed::{self, Progress},
-    grpc::{gate::GateLayer, permission_service::PermissionService, v1},
+    grpc::{
+        audit_service::AuditService, gate::GateLayer, permission_service::PermissionService, v1,
+    },
     loader::Loader,
     selfcheck,
     store::{DatabaseUrl, Store, StoreError},
@@ -132,6 +138,9 @@ pub async fn run(
         sampler,
     ));
 
+    let tail = Tail::default();
+    let streams = TaskTracker::new();
+    let stop = CancellationToken::new();
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
     let routes = Routes::new(health_service)
@@ -149,9 +158,19 @@ pub async fn run(
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
             .send_compressed(CompressionEncoding::Gzip),
+        )
+        .add_service(
+            v1::audit_service_server::AuditServiceServer::new(AuditService::new(
+                Arc::clone(&checker.store),
+                tail.clone(),
+                streams.clone(),
+                stop.clone(),
+            ))
+            .accept_compressed(CompressionEncoding::Gzip)
+            .send_compressed(CompressionEncoding::Gzip),
         );
 
-    // Both are aborted when this function returns.
+    // All are aborted when this function returns.
     let mut background = JoinSet::new();
     background.spawn(loader_task);
     background.spawn(self_check.run(
@@ -159,7 +178,7 @@ pub async fn run(
         Arc::clone(&checker.cache),
         Arc::clone(&checker.progress),
     ));
-    let stop = CancellationToken::new();
+    background.spawn(tail.run(Arc::clone(&checker.store), Arc::clone(&checker.progress)));
     let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
         routes,
         GateLayer(Arc::clone(&config.authenticator)),
@@ -186,6 +205,8 @@ pub async fn run(
 
     report(&health, ServingStatus::NotServing).await;
     drain(&config, health, &stop, server).await?;
+    streams.close();
+    streams.wait().await;
     background.shutdown().await;
     Ok(())
 }

@@ -46,6 +46,7 @@ pub const MIGRATIONS: &[Migration] = migrations![
     8 "0008_retention",
     9 "0009_analysis",
     10 "0010_indexes",
+    12 "0012_audit",
 ];
 
 /// A file whose first line is this is a query, and the statements that it selects are what is run: each by itself and

@@ -4,6 +4,7 @@
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
 mod adoption;
+pub mod audit;
 pub mod demo;
 pub mod lists;
 pub mod load;
@@ -210,6 +211,9 @@ const ASIDE_CONNECTIONS_MAX: usize = 3;
 /// Connections that answer what people ask for: explained checks, lists and counts. Few, and none of them a miss's.
 pub const READ_CONNECTIONS_MAX: usize = 4;
 
+/// Connections that read the audit log: streams that catch up share them, page by page.
+pub const AUDIT_CONNECTIONS_MAX: usize = 3;
+
 /// How long the database may work on one load.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -220,6 +224,7 @@ const PING_WAIT_MAX: Duration = Duration::from_secs(1);
 pub struct Store {
     misses: Connections,
     pub reads: Connections,
+    pub audits: Connections,
     /// The catalog that was decoded last, shared by all entries while it does not change.
     catalog: ArcSwap<crate::model::Catalog>,
 }
@@ -233,7 +238,8 @@ impl Store {
         let config = url.with_statement_timeout(Some(LOAD_TIMEOUT));
         Ok(Self {
             misses: Connections::new(config.clone(), MISS_CONNECTIONS_MAX + ASIDE_CONNECTIONS_MAX)?,
-            reads: Connections::new(config, READ_CONNECTIONS_MAX)?,
+            reads: Connections::new(config.clone(), READ_CONNECTIONS_MAX)?,
+            audits: Connections::new(config, AUDIT_CONNECTIONS_MAX)?,
             catalog: ArcSwap::default(),
         })
     }

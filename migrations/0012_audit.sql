@@ -15,17 +15,22 @@ CREATE INDEX IF NOT EXISTS permission_audit_log_permission
 CREATE INDEX log_entry ON hallpass.log (entry_id);
 CREATE INDEX log_committed_at ON hallpass.log (committed_at, seq);
 
--- The last entry that retention has removed from the log: a reader who stands before it has missed something.
+-- The last entry that retention has removed from the beginning of the log: a reader who stands before it has missed
+-- something, and one who stands on it has not.
 CREATE TABLE hallpass.log_removed (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
-    seq bigint NOT NULL
+    seq bigint NOT NULL,
+    uid integer NOT NULL,
+    committed_at timestamptz NOT NULL
 );
-INSERT INTO hallpass.log_removed (seq) VALUES (0);
+INSERT INTO hallpass.log_removed (seq, uid, committed_at) VALUES (0, 0, '-infinity');
 
 CREATE FUNCTION hallpass.note_removed() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    UPDATE hallpass.log_removed r SET seq = gone.seq FROM (SELECT max(seq) FROM removed) gone (seq) WHERE gone.seq > r.seq;
+    UPDATE hallpass.log_removed r SET seq = gone.seq, uid = gone.uid, committed_at = gone.committed_at
+    FROM (SELECT * FROM removed ORDER BY seq DESC LIMIT 1) gone
+    WHERE gone.seq > r.seq AND gone.seq < (SELECT min(seq) FROM hallpass.log);
     RETURN NULL;
 END $$;
 CREATE TRIGGER note_removed AFTER DELETE ON hallpass.log

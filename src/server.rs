@@ -32,7 +32,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use self::readiness::{Readiness, prepare, wait_until_ready, warm_up, watch_health};
 use crate::{
-    audit::tail::Tail,
+    audit::{self, tail::Tail},
     auth::Authenticator,
     cache::Cache,
     check::Checker,
@@ -67,6 +67,7 @@ pub struct Config {
     pub self_check_every: NonZeroU32,
     pub lame_duck: Duration,
     pub drain_max: Duration,
+    pub audit: audit::Limits,
 }
 
 /// A bound socket.
@@ -141,6 +142,8 @@ pub async fn run(
     let tail = Tail::default();
     let streams = TaskTracker::new();
     let stop = CancellationToken::new();
+    // However this function returns, the streams end.
+    let _stop = stop.clone().drop_guard();
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
     let routes = Routes::new(health_service)
@@ -163,6 +166,7 @@ pub async fn run(
             v1::audit_service_server::AuditServiceServer::new(AuditService::new(
                 Arc::clone(&checker.store),
                 tail.clone(),
+                config.audit,
                 streams.clone(),
                 stop.clone(),
             ))

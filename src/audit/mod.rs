@@ -5,3 +5,26 @@
 
 pub mod stream;
 pub mod tail;
+
+use std::time::Duration;
+
+/// How long a stream may last, and wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// A stream ends after this long, so that callers spread over the replicas that have come since.
+    pub age_max: Duration,
+    /// A caller who takes nothing for this long is told to come back.
+    pub slow_max: Duration,
+    /// A database that is away for longer ends the stream.
+    pub away_max: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            age_max: Duration::from_secs(60 * 60),
+            slow_max: Duration::from_secs(30),
+            away_max: Duration::from_secs(30),
+        }
+    }
+}

@@ -15,6 +15,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::{database::Database, interrupted};
 use crate::{
+    audit,
     auth::Authenticator,
     config::{
         DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, MAINTENANCE_INTERVAL,
@@ -95,6 +96,7 @@ pub(super) async fn serve(
         self_check_every: SAMPLE_EVERY,
         lame_duck: settings.lame_duck,
         drain_max: DRAIN_MAX,
+        audit: audit::Limits::default(),
     };
     let served = tokio::select! {
         served = server::run(config, listener, on_ready, interrupted) => served.map_err(Into::into),

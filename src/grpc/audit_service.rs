@@ -1,6 +1,6 @@
 //! `hallpass.v1.AuditService`.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc};
 
 use futures_util::{Stream, StreamExt, stream};
 use tokio::{
@@ -17,29 +17,29 @@ use super::{
 };
 use crate::{
     audit::{
+        Limits,
         stream::{AuditStream, Event, Start, StreamEnd},
         tail::Tail,
     },
     model::Cursor,
-    store::{Store, audit::AuditEntry},
+    store::{
+        Store, StoreError,
+        audit::{AuditEntry, list},
+        pool::Connection,
+    },
 };
 
 /// Streams at once: each holds a few batches at most.
 const STREAMS_MAX: usize = 2_000;
 
-/// Events that wait for a caller to take them; the database waits, too, when there are more.
-const EVENTS_WAITING_MAX: usize = 4;
-
-/// A stream ends after this long, so that callers spread over the replicas that have come since.
-const STREAM_AGE_MAX: Duration = Duration::from_secs(60 * 60);
-
-/// Rows that a page of the list scans at most; one that has found less than it was asked for says where to go on.
-const LIST_SCAN_MAX: u16 = 5_000;
+/// Events that wait for a caller to take them; the stream waits, too, when there are more.
+const EVENTS_WAITING_MAX: usize = 2;
 
 /// Serves the audit log.
 pub struct AuditService {
     store: Arc<Store>,
     tail: Tail,
+    limits: Limits,
     streams: Arc<Semaphore>,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -48,10 +48,17 @@ pub struct AuditService {
 impl AuditService {
     /// Streams run in `tasks`, and end, each with its cursor, when `stop` is cancelled.
     #[must_use]
-    pub fn new(store: Arc<Store>, tail: Tail, tasks: TaskTracker, stop: CancellationToken) -> Self {
+    pub fn new(
+        store: Arc<Store>,
+        tail: Tail,
+        limits: Limits,
+        tasks: TaskTracker,
+        stop: CancellationToken,
+    ) -> Self {
         Self {
             store,
             tail,
+            limits,
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             tasks,
             stop,
@@ -59,19 +66,31 @@ impl AuditService {
     }
 
     async fn start(&self, start: AuditStart) -> Result<Start, Status> {
-        Ok(match start {
-            AuditStart::After(cursor) => Start::After(cursor),
-            AuditStart::Earliest => Start::Earliest,
-            AuditStart::Now => {
-                let connection = self.store.audits.acquire().await?;
-                Start::After(Cursor::after(connection.audit_head().await?))
-            }
+        let position = match start {
+            AuditStart::After(cursor) => return Ok(Start::After(cursor)),
+            AuditStart::Earliest => return Ok(Start::Earliest),
+            AuditStart::Now => self.ask(Connection::audit_head).await?,
             AuditStart::Since(time) => {
-                let connection = self.store.audits.acquire().await?;
-                let before = connection.audit_position_before(time).await?;
-                Start::After(Cursor::after(before))
+                self.ask(move |connection: Connection| connection.audit_position_before(time))
+                    .await?
             }
-        })
+        };
+        Ok(Start::After(Cursor::after(position)))
+    }
+
+    /// Reads as what people ask for is read: in a task of its own, for a caller who goes away must not leave a
+    /// connection with half a question.
+    async fn ask<T, Answer>(
+        &self,
+        query: impl FnOnce(Connection) -> Answer,
+    ) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        Answer: Future<Output = Result<T, StoreError>> + Send + 'static,
+    {
+        let connection = self.store.reads.acquire().await?;
+        let answer = tokio::spawn(query(connection)).await;
+        answer.unwrap_or_else(|panic| Err(StoreError::Wrong(panic.to_string())))
     }
 }
 
@@ -97,20 +116,23 @@ impl v1::audit_service_server::AuditService for AuditService {
         let (events, waiting) = mpsc::channel(EVENTS_WAITING_MAX);
         let (ended, end) = oneshot::channel();
         let (store, tail) = (Arc::clone(&self.store), self.tail.clone());
-        let mut stream = AuditStream::new(store, tail, filter, start, events);
-        let stop = self.stop.clone();
+        let mut stream = AuditStream::new(store, tail, self.limits, filter, start, events);
+        let (age_max, stop) = (self.limits.age_max, self.stop.clone());
         self.tasks.spawn(async move {
             let over = tokio::select! {
-                end = timeout(STREAM_AGE_MAX, stream.run()) => end.unwrap_or(StreamEnd::Over),
+                end = timeout(age_max, stream.run()) => end.unwrap_or(StreamEnd::Over),
                 () = stop.cancelled() => StreamEnd::Over,
             };
             // A caller who has gone needs no cursor.
             let _gone = ended.send(status::stream_end(&over, stream.cursor));
-            drop(permit);
         });
         let events = ReceiverStream::new(waiting).map(|event| Ok(event_message(event)));
-        let end =
-            stream::once(async move { Err(end.await.unwrap_or_else(|_| status::no_caller())) });
+        let end = stream::once(async move {
+            let end = end.await.unwrap_or_else(|_| status::stream_lost());
+            // Held until the caller has taken the last event, which is somewhere until then.
+            drop(permit);
+            Err(end)
+        });
         Ok(Response::new(Box::pin(events.chain(end))))
     }
 
@@ -125,9 +147,13 @@ impl v1::audit_service_server::AuditService for AuditService {
         let query = filter.as_ref().map(AuditQuery);
         let page = fields.audit_page(request.page_size, &request.page_token, query.as_ref());
         let filter = fields.all_fit(filter.as_ref())?;
-        let connection = self.store.audits.acquire().await?;
-        let list = connection
-            .audit_list(filter, page.after, page.size, LIST_SCAN_MAX)
+        let asked = filter.clone();
+        let list = self
+            .ask(async move |connection: Connection| {
+                connection
+                    .audit_list(&asked, page.after, page.size, list::SCAN_MAX)
+                    .await
+            })
             .await?;
         let query = AuditQuery(filter);
         Ok(Response::new(v1::ListAuditEntriesResponse {

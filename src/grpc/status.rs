@@ -118,7 +118,7 @@ fn unknown_position(position: Position) -> Status {
 /// A stream of audit entries ends; `cursor` is where to go on.
 pub(super) fn stream_end(end: &StreamEnd, cursor: Cursor) -> Status {
     let (code, reason) = match end {
-        StreamEnd::Slow => (Code::ResourceExhausted, "SLOW_CONSUMER"),
+        StreamEnd::Slow(_) => (Code::ResourceExhausted, "SLOW_CONSUMER"),
         StreamEnd::HistoryLost => (Code::DataLoss, "CURSOR_UNKNOWN"),
         StreamEnd::DatabaseAway => (Code::Unavailable, "DATABASE_UNAVAILABLE"),
         StreamEnd::Over => (Code::Unavailable, "STREAM_ENDED"),
@@ -129,6 +129,11 @@ pub(super) fn stream_end(end: &StreamEnd, cursor: Cursor) -> Status {
         details.set_retry_info(Some(RETRY_UNAVAILABLE));
     }
     Status::with_error_details(code, end.to_string(), details)
+}
+
+/// A stream of audit entries whose task has ended without a word: a defect.
+pub(super) fn stream_lost() -> Status {
+    Status::internal("the stream was lost: go on from the last cursor")
 }
 
 /// There are as many streams as there may be.

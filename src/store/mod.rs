@@ -153,12 +153,14 @@ impl FromStr for DatabaseUrl {
 
 impl DatabaseUrl {
     /// The same database with a limit on how long any statement may run, `None` for none; and READ COMMITTED, in
-    /// which a statement's snapshot is younger than the locks taken before it.
+    /// which a statement's snapshot is younger than the locks taken before it. What has a limit is short, and compiling
+    /// it would take longer than running it.
     fn with_statement_timeout(&self, timeout: Option<Duration>) -> Config {
         let mut config = self.0.clone();
         let millis = timeout.map_or(0, |timeout| timeout.as_millis());
+        let jit = if timeout.is_some() { "-c jit=off" } else { "" };
         let options = format!(
-            "{} -c statement_timeout={millis} -c default_transaction_isolation=read\\ committed",
+            "{} -c statement_timeout={millis} -c default_transaction_isolation=read\\ committed {jit}",
             self.0.get_options().unwrap_or_default()
         );
         config.options(options.trim_start());
@@ -211,8 +213,8 @@ const ASIDE_CONNECTIONS_MAX: usize = 3;
 /// Connections that answer what people ask for: explained checks, lists and counts. Few, and none of them a miss's.
 pub const READ_CONNECTIONS_MAX: usize = 4;
 
-/// Connections that read the audit log: streams that catch up share them, page by page.
-pub const AUDIT_CONNECTIONS_MAX: usize = 3;
+/// Connections that read the past of the audit log: streams that catch up take turns with them, page by page.
+pub const AUDIT_CONNECTIONS_MAX: usize = 2;
 
 /// How long the database may work on one load.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -225,6 +227,8 @@ pub struct Store {
     misses: Connections,
     pub reads: Connections,
     pub audits: Connections,
+    /// One, for what is new in the audit log: the past must not keep it waiting.
+    pub audit_tail: Connections,
     /// The catalog that was decoded last, shared by all entries while it does not change.
     catalog: ArcSwap<crate::model::Catalog>,
 }
@@ -239,7 +243,8 @@ impl Store {
         Ok(Self {
             misses: Connections::new(config.clone(), MISS_CONNECTIONS_MAX + ASIDE_CONNECTIONS_MAX)?,
             reads: Connections::new(config.clone(), READ_CONNECTIONS_MAX)?,
-            audits: Connections::new(config, AUDIT_CONNECTIONS_MAX)?,
+            audits: Connections::new(config.clone(), AUDIT_CONNECTIONS_MAX)?,
+            audit_tail: Connections::new(config, 1)?,
             catalog: ArcSwap::default(),
         })
     }

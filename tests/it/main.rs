@@ -15,6 +15,8 @@ mod adopted;
 mod adopted_scenarios;
 mod adoption;
 mod analysis;
+mod audit;
+mod audit_list;
 mod belief;
 mod bypass;
 mod calls;

@@ -8,6 +8,7 @@ use std::{
 };
 
 use hallpass::{
+    audit,
     auth::Authenticator,
     config,
     selfcheck::SAMPLE_EVERY,
@@ -86,6 +87,7 @@ pub(crate) fn config(url: &str) -> Config {
         self_check_every: SAMPLE_EVERY,
         lame_duck: Duration::ZERO,
         drain_max: config::DRAIN_MAX,
+        audit: audit::Limits::default(),
     }
 }
 

@@ -8,8 +8,11 @@ use super::{Fields, TOKEN_VERSION, shown};
 use crate::{
     grpc::v1,
     model::{Cursor, OrganizationId},
-    store::audit::{AuditFilter, ListKey},
+    store::audit::{AuditFilter, list::ListKey},
 };
+
+/// The seconds that a protobuf timestamp may have; PostgreSQL's times go further.
+const TIMES: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 
 /// Where a stream of audit entries begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,8 +125,8 @@ impl Fields<'_> {
             Some(Start::Earliest(true)) => return Some(AuditStart::Earliest),
             Some(Start::Now(true)) => return Some(AuditStart::Now),
             Some(Start::Since(time)) => match SystemTime::try_from(time) {
-                Ok(time) => return Some(AuditStart::Since(time)),
-                Err(_) => self.violation("since", "is no time"),
+                Ok(at) if TIMES.contains(&time.seconds) => return Some(AuditStart::Since(at)),
+                _ => self.violation("since", "must be from the year 1 to the year 9999"),
             },
             Some(Start::Earliest(false)) => self.violation("earliest", "must be true when set"),
             Some(Start::Now(false)) => self.violation("now", "must be true when set"),

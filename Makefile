@@ -21,7 +21,7 @@ ifeq ($(NODE_EXTRA_CA_CERTS),)
 export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
-.PHONY: help demo test lint lint-mutants lint-rust lint-proto lint-scripts freeze mutants figures torture torture-mutants revocation
+.PHONY: help demo test lint lint-mutants lint-rust lint-proto lint-scripts freeze mutants figures audit-plans audit-stress torture torture-mutants revocation
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +78,14 @@ figures: ## measure, and print the figures
 	@$(CARGO) bench --locked --bench adoption
 
 # The tests' own binary, as it is released: most of a run is questions, and the machine's two cores answer them too.
+audit-plans: ## see that lists of the audit log read their indexes at a million rows
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) test --locked --quiet --test it -- --exact audit_list::lists_read_their_indexes_of_a_million_rows --ignored
+
+audit-stress: ## cut and resume 100 audit streams while 32 writers write for a minute, and compare with the tables
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) test --release --locked --quiet --test it -- --exact audit_stress::streams_that_are_cut_for_a_minute_lose_nothing --ignored --nocapture
+
 torture: ## kill, stop, cut off and restore for a quarter of an hour, and check CHECKS=10000000 answers against history
 	@tools/prerequisites.sh rust cc postgresql psql
 	@CHECKS=$(CHECKS) TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \

@@ -2,6 +2,8 @@
 -- Each has the order of the list behind its column, so that a page reads its own rows alone (src/store/audit.rs).
 
 CREATE INDEX IF NOT EXISTS permission_audit_log_time ON public.permission_audit_log (created_at, entry_id, n);
+-- Readers of an entry, the feed among them, read by it too: they know when the entry's transaction began.
+DROP INDEX IF EXISTS public.permission_audit_log_entry;
 CREATE INDEX IF NOT EXISTS permission_audit_log_organization
     ON public.permission_audit_log (org_id, created_at, entry_id, n) WHERE org_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS permission_audit_log_affected_user

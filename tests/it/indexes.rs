@@ -157,7 +157,7 @@ async fn every_index_has_a_consumer_that_uses_it() {
         &client,
         "a page",
         page,
-        &["log_pkey", "log_org_pkey", "permission_audit_log_entry"],
+        &["log_pkey", "log_org_pkey", "permission_audit_log_time"],
     )
     .await;
 
@@ -175,7 +175,6 @@ async fn every_index_has_a_consumer_that_uses_it() {
         .copied()
         .collect();
     used.extend([
-        "permission_audit_log_entry",
         "permission_audit_log_time",
         "permission_audit_log_organization",
         "permission_audit_log_affected_user",

@@ -17,6 +17,7 @@ mod adoption;
 mod analysis;
 mod audit;
 mod audit_list;
+mod audit_stress;
 mod belief;
 mod bypass;
 mod calls;

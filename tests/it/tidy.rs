@@ -61,6 +61,7 @@ const MAY_IMPORT: [(&str, &[&str]); 17] = [
     (
         "cli",
         &[
+            "audit",
             "auth",
             "config",
             "embedded",

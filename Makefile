@@ -3,7 +3,12 @@
 CARGO = cargo
 BUF = tools/node_modules/.bin/buf
 IMAGE = proto/hallpass.v1.binpb
-SCRIPTS = .ci/run tools/*.sh
+SCRIPTS = .ci/run tools/*.sh fuzz/*.sh
+
+# cargo's tools that are not Rust's own, built from their authors' lock files.
+TOOLS = $(or $(CARGO_TARGET_DIR),target)/tools
+DENY = $(TOOLS)/cargo-deny-0.20.2/bin/cargo-deny
+CYCLONEDX = $(TOOLS)/cargo-cyclonedx-0.5.9/bin/cargo-cyclonedx
 
 # A rustup that was installed a minute ago is not on PATH yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -21,7 +26,8 @@ ifeq ($(NODE_EXTRA_CA_CERTS),)
 export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
-.PHONY: help demo test lint lint-mutants lint-rust lint-proto lint-scripts freeze mutants figures audit-plans audit-stress torture torture-mutants revocation
+.PHONY: help demo test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
+	audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -34,12 +40,12 @@ demo: ## serve a made-up district from a private PostgreSQL, with commands to pa
 
 test: ## run all tests, on a PostgreSQL of their own
 	@tools/prerequisites.sh rust cc postgresql
-	$(CARGO) test --workspace --locked
+	$(CARGO) test --workspace --exclude hallpass-fuzz --locked
 
-lint: lint-mutants lint-rust lint-proto lint-scripts ## check formatting, lints, documentation, the contract and the scripts
+lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contract and the scripts
 
 lint-rust:
-	@tools/prerequisites.sh rust rust-lints cc
+	@tools/prerequisites.sh rust rust-lints cc c++
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
@@ -59,6 +65,32 @@ lint-scripts:
 lint-mutants:
 	@for patch in tests/mutants/*.patch; do git apply --check $$patch || exit 1; done
 
+lint-dependencies: $(DENY)
+	$(DENY) --workspace --locked check bans licenses sources
+
+# Long enough for each target to meet what it starts from, and to notice a check that is gone.
+lint-fuzz:
+	@tools/prerequisites.sh rust cc c++
+	@tools/fuzz.sh 10
+
+fuzz: ## make input up for every parser, guided by its branches: SECONDS_EACH=600
+	@tools/prerequisites.sh rust cc c++
+	@tools/fuzz.sh $(or $(SECONDS_EACH),600)
+
+advisories: $(DENY) ## ask RustSec for known vulnerabilities of what we depend on
+	$(DENY) --workspace --locked check advisories
+
+sbom: $(CYCLONEDX) ## write what the program is made of to target/hallpass.cdx.json (CycloneDX)
+	$(CYCLONEDX) cyclonedx --quiet --format json --spec-version 1.5 --override-filename hallpass.cdx
+	@sed 's#path+file://$(CURDIR)#path+file://#g' hallpass.cdx.json >target/hallpass.cdx.json
+	@rm -f hallpass.cdx.json client/hallpass.cdx.json fuzz/hallpass.cdx.json
+
+# The directory says NAME-VERSION. Not optimized: they run for a second, and are built in half the time.
+$(DENY) $(CYCLONEDX):
+	@tools/prerequisites.sh rust cc
+	CARGO_PROFILE_DEV_DEBUG=false $(CARGO) install --quiet --locked --debug --root $(@:/bin/$(@F)=) \
+		$(patsubst $(TOOLS)/$(@F)-%/bin/$(@F),$(@F)@%,$@)
+
 freeze: $(BUF) ## freeze what was added to the contract, so that it can never change
 	$(BUF) breaking --against $(IMAGE)
 	$(BUF) build --exclude-source-info -o $(IMAGE)
@@ -76,6 +108,14 @@ figures: ## measure, and print the figures
 	@tools/prerequisites.sh rust cc postgresql
 	@$(CARGO) bench --locked --bench figures
 	@$(CARGO) bench --locked --bench adoption
+
+attacks: ## attack the service over loopback, and print what a well-behaved caller gets; ONLY=part of an attack's name
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) bench --locked --bench attacks -- $(ONLY)
+
+overload: ## offer three times what the service can answer, and print what becomes of it
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) bench --locked --bench attacks -- --overload
 
 # The tests' own binary, as it is released: most of a run is questions, and the machine's two cores answer them too.
 audit-plans: ## see that lists of the audit log read their indexes at a million rows

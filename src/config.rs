@@ -1,8 +1,18 @@
 //! Every setting of the service, its default and why; parsed whole before anything is started.
 
+mod auth;
+mod identity;
+mod limits;
+
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
+
+pub use self::{
+    auth::{AuthMethod, AuthSettings, PepperSettings},
+    identity::IdentitySettings,
+    limits::LimitSettings,
+};
 
 /// Where clients look first, and nobody else can reach.
 pub const DEFAULT_GRPC_LISTEN: &str = "127.0.0.1:50051";
@@ -37,6 +47,9 @@ const DEFAULT_AUDIT_RETENTION_DAYS: u16 = 0;
 /// How often partitions are made ahead and retention is applied; both are a matter of months.
 pub const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How often it is recorded which API keys were used: to tell which are in use, a minute is exact enough.
+pub const KEY_USE_INTERVAL: Duration = Duration::from_secs(60);
+
 /// How long calls under way may take to end once the service stops.
 pub const DRAIN_MAX: Duration = Duration::from_secs(10);
 
@@ -46,6 +59,9 @@ pub struct ServeSettings {
     /// Where to serve gRPC: HOST:PORT, the host an IP address or localhost, or unix:PATH
     #[arg(long, env = "HALLPASS_GRPC_LISTEN", default_value = DEFAULT_GRPC_LISTEN)]
     pub grpc_listen: ListenAddress,
+
+    #[command(flatten)]
+    pub auth: AuthSettings,
 
     /// Answer from the cache only while it is known to be true as of this long ago
     #[arg(long, env = "HALLPASS_STALENESS_BOUND", default_value = DEFAULT_STALENESS_BOUND, value_parser = parse_duration)]
@@ -74,6 +90,9 @@ pub struct ServeSettings {
     /// After SIGTERM, say NOT_SERVING for this long before turning callers away
     #[arg(long, env = "HALLPASS_LAME_DUCK", default_value = DEFAULT_LAME_DUCK, value_parser = parse_duration)]
     pub lame_duck: Duration,
+
+    #[command(flatten)]
+    pub limits: LimitSettings,
 }
 
 impl ServeSettings {
@@ -88,7 +107,7 @@ impl ServeSettings {
                 self.staleness_ceiling, self.staleness_bound
             ));
         }
-        Ok(())
+        self.auth.check(&self.grpc_listen)
     }
 }
 
@@ -126,6 +145,10 @@ pub struct ClientSettings {
     /// The service: http://HOST:PORT or unix:PATH
     #[arg(long, env = "HALLPASS_ENDPOINT", default_value_t = format!("http://{DEFAULT_GRPC_LISTEN}"), value_parser = NonEmptyStringValueParser::new())]
     pub endpoint: String,
+
+    /// What to identify with: an API key, say. Better in the environment, for others may read the command line
+    #[arg(long, env = "HALLPASS_TOKEN", hide_env_values = true)]
+    pub token: Option<Secret>,
 }
 
 /// Where a service listens.
@@ -161,8 +184,10 @@ impl ListenAddress {
     }
 }
 
-/// Parses `200ms`, `2s`, `5m` or `1h`.
-fn parse_duration(text: &str) -> Result<Duration, String> {
+const NOT_A_DURATION: &str = "not a duration: a whole number and ms, s, m, h or d";
+
+/// Parses `200ms`, `2s`, `5m`, `1h` or `90d`.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());
@@ -172,7 +197,8 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         "s" => 1_000,
         "m" => 60_000,
         "h" => 3_600_000,
-        _ => return Err("not a duration: a whole number and ms, s, m or h".to_owned()),
+        "d" => 86_400_000,
+        _ => return Err(NOT_A_DURATION.to_owned()),
     };
     let millis = number
         .parse::<u64>()
@@ -180,7 +206,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         .and_then(|n| n.checked_mul(millis_a_unit));
     millis
         .map(Duration::from_millis)
-        .ok_or_else(|| "not a duration: a whole number and ms, s, m or h".to_owned())
+        .ok_or_else(|| NOT_A_DURATION.to_owned())
 }
 
 #[cfg(test)]
@@ -215,6 +241,7 @@ mod tests {
         assert_eq!(parse_duration("200ms"), Ok(Duration::from_millis(200)));
         assert_eq!(parse_duration("2s"), Ok(Duration::from_secs(2)));
         assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(parse_duration("90d"), Ok(Duration::from_secs(7_776_000)));
         for wrong in ["", "2", "s", "-1s", "2 s", "1.5s", "99999999999999999999s"] {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }

@@ -10,8 +10,9 @@
 //! 6. [`store`]: the SQL, each a const above its caller, and the migrations. The decision itself is a view in
 //!    `migrations/0004_decisions.sql`; the log is `0002_log.sql` and `0003_record_changes.sql`.
 //! 7. [`upkeep`]: inspection, refresh and warm start, in the background; [`selfcheck`]: cached answers, doubted.
-//! 8. [`grpc`]: requests parsed, errors mapped. [`server`]: everything put together and run.
-//! 9. [`cli`], [`config`] and [`embedded`]: the program around it, and a PostgreSQL of its own to try it on.
+//! 8. [`auth`]: who calls, by a key, a token or a certificate, and what it may do. [`limits`]: how much.
+//! 9. [`grpc`]: requests parsed, errors mapped. [`server`]: everything put together and run.
+//! 10. [`cli`], [`config`] and [`embedded`]: the program around it, and a PostgreSQL of its own to try it on.
 //!
 //! `ARCHITECTURE.md` tells the same as data flow and invariants.
 
@@ -25,6 +26,7 @@ pub mod embedded;
 pub mod feed;
 pub mod grpc;
 pub mod history;
+pub mod limits;
 pub mod loader;
 pub mod model;
 pub mod selfcheck;

@@ -199,6 +199,12 @@ impl BootTime {
         ))
     }
 
+    /// Whole seconds since the boot.
+    #[must_use]
+    pub fn as_secs(self) -> u64 {
+        self.0.as_secs()
+    }
+
     /// The instant this long before; the boot, when that is later.
     #[must_use]
     pub fn before(self, duration: Duration) -> Self {

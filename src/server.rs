@@ -38,8 +38,13 @@ use crate::{
     check::Checker,
     feed::{self, Progress},
     grpc::{
-        audit_service::AuditService, gate::GateLayer, permission_service::PermissionService, v1,
+        audit_service::AuditService,
+        gate::GateLayer,
+        limit::{CallerLayer, DeadlineLayer, DoorLayer},
+        permission_service::PermissionService,
+        v1,
     },
+    limits::{Bounds, Limits},
     loader::Loader,
     selfcheck,
     store::{DatabaseUrl, Store, StoreError},
@@ -67,6 +72,7 @@ pub struct Config {
     pub self_check_every: NonZeroU32,
     pub lame_duck: Duration,
     pub drain_max: Duration,
+    pub bounds: Bounds,
     pub audit: audit::Limits,
 }
 
@@ -139,6 +145,7 @@ pub async fn run(
         sampler,
     ));
 
+    let limits = Arc::new(Limits::new(config.bounds.clone()));
     let tail = Tail::default();
     let streams = TaskTracker::new();
     let stop = CancellationToken::new();
@@ -157,6 +164,7 @@ pub async fn run(
             v1::permission_service_server::PermissionServiceServer::new(PermissionService::new(
                 Arc::clone(&checker),
                 config.staleness_ceiling,
+                Arc::clone(&limits),
             ))
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
@@ -183,9 +191,13 @@ pub async fn run(
         Arc::clone(&checker.progress),
     ));
     background.spawn(tail.run(Arc::clone(&checker.store), Arc::clone(&checker.progress)));
+    if let Some(tokens) = config.authenticator.tokens() {
+        background.spawn(tokens.clone().follow());
+    }
     let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
         routes,
-        GateLayer(Arc::clone(&config.authenticator)),
+        Arc::clone(&config.authenticator),
+        limits,
         listener,
         stop.clone().cancelled_owned(),
     )));
@@ -242,7 +254,8 @@ async fn drain(
 
 async fn serve(
     routes: Routes,
-    gate: GateLayer,
+    authenticator: Arc<Authenticator>,
+    limits: Arc<Limits>,
     listener: Listener,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
@@ -250,7 +263,12 @@ async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
-        .layer(gate)
+        // What a call comes through, from outside: a place among those in flight and its address's share, a time by
+        // which it ends, who calls and whether that fits, and the caller's share.
+        .layer(DoorLayer(Arc::clone(&limits)))
+        .layer(DeadlineLayer(Arc::clone(&limits)))
+        .layer(GateLayer(authenticator, Arc::clone(&limits)))
+        .layer(CallerLayer(limits))
         .add_routes(routes);
     match listener {
         Listener::Tcp(listener) => {
@@ -297,12 +315,20 @@ fn spawn_background(
         config.audit_retention_days,
         config.maintenance_interval,
     ));
+    let keys = config.authenticator.keys().cloned();
+    if let Some(keys) = keys.clone() {
+        background.spawn(keys.follow(config.database.clone(), Arc::clone(&checker.store)));
+    }
     background.spawn(warm_up(
         Arc::clone(checker),
         config.cache_capacity,
         has_warmed,
     ));
-    Readiness { inspected, warmed }
+    Readiness {
+        inspected,
+        keys,
+        warmed,
+    }
 }
 
 /// Returns when a background task panics. Only the warm-up ends by itself.

@@ -60,6 +60,10 @@ c_compiler() {
     command -v cc >/dev/null || install 'a C compiler' 'xcode-select --install' gcc libc6-dev
 }
 
+cxx_compiler() {
+    command -v c++ >/dev/null || install 'a C++ compiler' 'xcode-select --install' g++
+}
+
 postgresql() {
     [ -n "$(postgresql_directory)" ] && return
     # Debian's package would otherwise make a cluster and start it on port 5432, which nobody here asked for.
@@ -116,6 +120,7 @@ for thing; do
         rust) rust ;;
         rust-lints) rust_lints ;;
         cc) c_compiler ;;
+        c++) cxx_compiler ;;
         postgresql) postgresql ;;
         psql) psql_client ;;
         npm) npm_client ;;

@@ -1,4 +1,4 @@
-//! Client for hallpass: the generated `hallpass.v1` types, and one function that connects.
+//! Client for hallpass: the generated `hallpass.v1` types, one function that connects, and [`Credential`].
 //!
 //! ```no_run
 //! use hallpass_client::v1::{CheckPermissionRequest, permission_service_client::PermissionServiceClient};
@@ -23,7 +23,12 @@ use std::{path::PathBuf, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint, Error};
+use tonic::{
+    Request, Status,
+    metadata::{Ascii, MetadataValue, errors::InvalidMetadataValue},
+    service::Interceptor,
+    transport::{Channel, Endpoint, Error},
+};
 
 /// The gRPC library that this client is built on: its `Status` and `Channel` are in the interface.
 pub use tonic;
@@ -41,6 +46,42 @@ pub mod v1 {
 
 /// How long a connection attempt may take: a server on the same network answers well within it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a caller identifies with, sent along with every call: an API key or a token, or, by default, nothing.
+///
+/// ```no_run
+/// use hallpass_client::{Credential, v1::permission_service_client::PermissionServiceClient};
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let credential = Credential::bearer(&std::env::var("HALLPASS_TOKEN")?)?;
+/// let channel = hallpass_client::connect("http://127.0.0.1:50051").await?;
+/// let client = PermissionServiceClient::with_interceptor(channel, credential);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Credential(Option<MetadataValue<Ascii>>);
+
+impl Credential {
+    /// An API key (`hp_...`) or a token, which is not shown by `Debug`.
+    ///
+    /// # Errors
+    /// When it has characters that no header may have.
+    pub fn bearer(token: &str) -> Result<Self, InvalidMetadataValue> {
+        let mut value = MetadataValue::try_from(format!("Bearer {token}"))?;
+        value.set_sensitive(true);
+        Ok(Self(Some(value)))
+    }
+}
+
+impl Interceptor for Credential {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            (request.metadata_mut()).insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
 
 /// Connects to `http://HOST:PORT` or `unix:PATH`.
 ///

@@ -11,8 +11,8 @@ use std::time::Duration;
 /// How long a stream may last, and wait.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// A stream ends after this long, so that callers spread over the replicas that have come since.
-    pub age_max: Duration,
+    /// A stream ends after this long, so that callers spread over the replicas that have come since; `None`: never.
+    pub age_max: Option<Duration>,
     /// A caller who takes nothing for this long is told to come back.
     pub slow_max: Duration,
     /// A database that is away for longer ends the stream.
@@ -22,7 +22,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            age_max: Duration::from_secs(60 * 60),
+            age_max: None,
             slow_max: Duration::from_secs(30),
             away_max: Duration::from_secs(30),
         }

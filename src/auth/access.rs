@@ -13,7 +13,7 @@ pub enum Need {
 }
 
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [(&str, Need); 12] = [
+pub const ACCESS: [(&str, Need); 11] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
@@ -48,7 +48,6 @@ pub const ACCESS: [(&str, Need); 12] = [
     ),
     ("/grpc.health.v1.Health/Check", Need::Nothing),
     ("/grpc.health.v1.Health/Watch", Need::Nothing),
-    ("/grpc.health.v1.Health/List", Need::Nothing),
     (
         "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         Need::Credential,

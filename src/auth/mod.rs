@@ -4,6 +4,11 @@
 //! a credential that is wrong is refused even where none would have been needed.
 
 pub mod access;
+pub mod api_key;
+pub mod certificates;
+pub mod grants;
+pub mod keys;
+pub mod tokens;
 
 use std::{
     fmt,
@@ -16,6 +21,7 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, header::AUTHORIZATION};
 use thiserror::Error;
 
+use self::{api_key::PREFIX, certificates::Certificates, keys::ApiKeys, tokens::Tokens};
 use crate::model::{OrganizationId, Subject, UserId};
 
 /// What a caller may do. Which call needs which is in [`access`].
@@ -190,6 +196,17 @@ impl Caller {
         Arc::clone(&ANYONE)
     }
 
+    /// Somebody who is known, and may do what any credential may.
+    #[must_use]
+    pub fn without_scope(identity: Identity) -> Self {
+        Self {
+            identity,
+            scopes: Scopes::default(),
+            organizations: Organizations::only([]),
+            only_user: None,
+        }
+    }
+
     /// # Errors
     /// When it does not have the scope.
     pub fn may(&self, scope: Scope) -> Result<(), Forbidden> {
@@ -278,17 +295,59 @@ pub enum Authentication {
     Pending(BoxFuture<'static, Result<Arc<Caller>, AuthError>>),
 }
 
-/// Knows callers by what they send, in every way that the service was told to accept.
+/// Knows callers by what they send, in every way that the service was told to accept; by default in none.
 #[derive(Clone, Debug, Default)]
 pub struct Authenticator {
     is_open: bool,
+    keys: Option<ApiKeys>,
+    tokens: Option<Tokens>,
+    certificates: Option<Certificates>,
 }
 
 impl Authenticator {
     /// Lets everybody in, with every scope: for sockets that only this machine can reach.
     #[must_use]
     pub fn open() -> Self {
-        Self { is_open: true }
+        Self {
+            is_open: true,
+            ..Self::default()
+        }
+    }
+
+    /// Accepts these API keys too.
+    #[must_use]
+    pub fn with_keys(self, keys: ApiKeys) -> Self {
+        let keys = Some(keys);
+        Self { keys, ..self }
+    }
+
+    /// Accepts these tokens too.
+    #[must_use]
+    pub fn with_tokens(self, tokens: Tokens) -> Self {
+        let tokens = Some(tokens);
+        Self { tokens, ..self }
+    }
+
+    /// Accepts these certificates too.
+    #[must_use]
+    pub fn with_certificates(self, certificates: Certificates) -> Self {
+        let certificates = Some(certificates);
+        Self {
+            certificates,
+            ..self
+        }
+    }
+
+    /// The API keys that are to be followed in the database.
+    #[must_use]
+    pub fn keys(&self) -> Option<&ApiKeys> {
+        self.keys.as_ref()
+    }
+
+    /// The tokens whose issuer's keys are to be followed.
+    #[must_use]
+    pub fn tokens(&self) -> Option<&Tokens> {
+        self.tokens.as_ref()
     }
 
     /// Finds out who calls.
@@ -299,8 +358,22 @@ impl Authenticator {
             Err(error) => return Authentication::Known(Err(error)),
             Ok(credential) => credential,
         };
-        let _ = (credential, peer);
-        Authentication::Known(Err(AuthError::Invalid))
+        let known = match credential {
+            Some(key) if key.starts_with(PREFIX) => match &self.keys {
+                Some(keys) => return keys.authenticate(key),
+                None => Err(AuthError::Invalid),
+            },
+            Some(token) => match &self.tokens {
+                Some(tokens) => return tokens.authenticate(token),
+                // One that is wrong here is refused even if a certificate is there.
+                None => Err(AuthError::Invalid),
+            },
+            None => match &self.certificates {
+                Some(certificates) => certificates.authenticate(&peer.certificate_names),
+                None => Err(AuthError::Missing),
+            },
+        };
+        Authentication::Known(known)
     }
 }
 

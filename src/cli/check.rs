@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use hallpass_client::v1::{
     CheckPermissionRequest, CheckPermissionResponse, Consistency, Evidence, Explanation,
     MinRoleSource, Source, consistency::Requirement,
-    permission_service_client::PermissionServiceClient,
 };
 
 use super::list::{connect, explain_status};
@@ -46,7 +45,8 @@ impl Check {
                 requirement: Some(Requirement::FullyConsistent(true)),
             }),
         };
-        let answer = PermissionServiceClient::new(connect(&self.client).await?)
+        let answer = connect(&self.client)
+            .await?
             .check_permission(request)
             .await
             .map_err(explain_status)?

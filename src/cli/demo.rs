@@ -6,6 +6,7 @@ use anyhow::{Context, Error};
 use uuid::Uuid;
 
 use super::{
+    authenticator::authenticator,
     database::Database,
     interrupted,
     serve::{bind, serve},
@@ -40,6 +41,7 @@ impl Demo {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
+        let authenticator = authenticator(&self.settings)?;
         let listener = bind(&self.settings.grpc_listen).await?;
         let private = DatabaseSettings {
             database_url: None,
@@ -64,6 +66,7 @@ impl Demo {
             database,
             None,
             &self.settings,
+            authenticator,
             listener,
             move || println!("{guide}"),
             interrupted,

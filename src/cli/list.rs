@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
 use hallpass_client::{
-    tonic::{Status, transport::Channel},
+    Credential,
+    tonic::{Status, service::interceptor::InterceptedService, transport::Channel},
     v1::{
         ListUserPermissionsRequest, UserPermission,
         permission_service_client::PermissionServiceClient,
@@ -40,7 +41,8 @@ pub(super) struct List {
 
 impl List {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
-        let listed = PermissionServiceClient::new(connect(&self.client).await?)
+        let listed = connect(&self.client)
+            .await?
             .list_user_permissions(ListUserPermissionsRequest {
                 organization_id: self.organization,
                 user_id: self.user,
@@ -94,15 +96,27 @@ fn table(permissions: &[UserPermission]) -> Vec<String> {
     lines
 }
 
-pub(super) async fn connect(client: &ClientSettings) -> anyhow::Result<Channel> {
-    hallpass_client::connect(&client.endpoint)
+/// A client that identifies itself as the settings say.
+pub(super) async fn connect(
+    settings: &ClientSettings,
+) -> anyhow::Result<PermissionServiceClient<InterceptedService<Channel, Credential>>> {
+    let credential = match &settings.token {
+        None => Credential::default(),
+        // The cause would not say more, and might show the token.
+        Some(token) => Credential::bearer(&token.0)
+            .map_err(|_| anyhow!("--token: has characters that no credential has"))?,
+    };
+    let channel = hallpass_client::connect(&settings.endpoint)
         .await
         .with_context(|| {
             format!(
                 "nobody answers at {}: is `hallpass serve` running there?",
-                client.endpoint
+                settings.endpoint
             )
-        })
+        })?;
+    Ok(PermissionServiceClient::with_interceptor(
+        channel, credential,
+    ))
 }
 
 /// A status on one line, its code as the protocol spells it.

@@ -1,15 +1,18 @@
 //! The command line: one file a command, one enum that names them.
 
+mod authenticator;
 mod check;
 mod database;
 mod demo;
+mod keys;
 mod list;
+mod log;
 mod migrate;
 mod postgres;
 mod serve;
 
 use std::{
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     process::ExitCode,
 };
 
@@ -18,7 +21,6 @@ use tokio::{
     runtime::Runtime,
     signal::unix::{SignalKind, signal},
 };
-use tracing_subscriber::EnvFilter;
 
 /// Permission checks served from your own PostgreSQL tables.
 #[derive(Debug, Parser)]
@@ -36,6 +38,7 @@ enum Command {
     Postgres(postgres::Postgres),
     Check(check::Check),
     List(list::List),
+    Keys(keys::Keys),
 }
 
 /// Runs the command that the process was given; each chooses its exit code, and an error is 2.
@@ -44,7 +47,7 @@ enum Command {
 /// Whatever kept the command from its work.
 pub fn run() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
-    log_to_stderr();
+    log::start();
     Runtime::new()?.block_on(async {
         match cli.command {
             Command::Serve(command) => command.run().await,
@@ -53,6 +56,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
             Command::Postgres(command) => command.run().await,
             Command::Check(command) => command.run().await,
             Command::List(command) => command.run().await,
+            Command::Keys(command) => command.run().await,
         }
     })
 }
@@ -63,17 +67,6 @@ fn answer(text: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written,
     }
-}
-
-/// Standard output belongs to what a command answers.
-fn log_to_stderr() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .with_target(false)
-        .init();
 }
 
 /// Completes at the first SIGINT or SIGTERM after the call.

@@ -10,10 +10,10 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Error, anyhow, ensure};
+use anyhow::{Context, Error, anyhow};
 use tokio::net::{TcpListener, UnixListener};
 
-use super::{database::Database, interrupted};
+use super::{authenticator::authenticator, database::Database, interrupted};
 use crate::{
     audit,
     auth::Authenticator,
@@ -21,6 +21,7 @@ use crate::{
         DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, MAINTENANCE_INTERVAL,
         Secret, ServeSettings,
     },
+    limits::Bounds,
     selfcheck::SAMPLE_EVERY,
     server::{self, Config, Listener},
     store::DatabaseUrl,
@@ -53,6 +54,7 @@ impl Serve {
         let feed_database = feed_database
             .transpose()
             .map_err(|error: String| anyhow!("--feed-database-url: {error}"))?;
+        let authenticator = authenticator(&self.settings)?;
         // A port that is taken is the commonest mistake: found before a database is started.
         let listener = bind(&self.settings.grpc_listen).await?;
         let database = tokio::select! {
@@ -63,6 +65,7 @@ impl Serve {
             database,
             feed_database,
             &self.settings,
+            authenticator,
             listener,
             || (),
             interrupted,
@@ -77,16 +80,18 @@ pub(super) async fn serve(
     database: Database,
     feed_database: Option<DatabaseUrl>,
     settings: &ServeSettings,
+    authenticator: Authenticator,
     listener: Listener,
     on_ready: impl FnOnce(),
     interrupted: impl Future<Output = ()>,
 ) -> anyhow::Result<ExitCode> {
+    let bounds = Bounds::from(&settings.limits);
     let config = Config {
         database: database.url.clone(),
         feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
         staleness_bound: settings.staleness_bound,
         staleness_ceiling: settings.staleness_ceiling,
-        authenticator: Arc::new(Authenticator::open()),
+        authenticator: Arc::new(authenticator),
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
@@ -96,7 +101,11 @@ pub(super) async fn serve(
         self_check_every: SAMPLE_EVERY,
         lame_duck: settings.lame_duck,
         drain_max: DRAIN_MAX,
-        audit: audit::Limits::default(),
+        audit: audit::Limits {
+            age_max: bounds.stream_age_max,
+            ..audit::Limits::default()
+        },
+        bounds,
     };
     let served = tokio::select! {
         served = server::run(config, listener, on_ready, interrupted) => served.map_err(Into::into),
@@ -111,11 +120,6 @@ pub(super) async fn serve(
 }
 
 pub(super) async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
-    ensure!(
-        address.is_local(),
-        "--grpc-listen can be reached from other machines, and callers are not authenticated yet: \
-         use a loopback address or unix:PATH"
-    );
     match address {
         ListenAddress::Tcp(address) => {
             let listener = TcpListener::bind(address)

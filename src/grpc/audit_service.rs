@@ -1,11 +1,11 @@
 //! `hallpass.v1.AuditService`.
 
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::{Stream, StreamExt, stream};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
-    time::timeout,
+    time::sleep,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -120,8 +120,9 @@ impl v1::audit_service_server::AuditService for AuditService {
         let (age_max, stop) = (self.limits.age_max, self.stop.clone());
         self.tasks.spawn(async move {
             let over = tokio::select! {
-                end = timeout(age_max, stream.run()) => end.unwrap_or(StreamEnd::Over),
+                end = stream.run() => end,
                 () = stop.cancelled() => StreamEnd::Over,
+                () = age(age_max) => StreamEnd::Over,
             };
             // A caller who has gone needs no cursor.
             let _gone = ended.send(status::stream_end(&over, stream.cursor));
@@ -160,6 +161,14 @@ impl v1::audit_service_server::AuditService for AuditService {
             entries: list.entries.into_iter().map(entry_message).collect(),
             next_page_token: list.next.map_or_else(String::new, |next| query.token(next)),
         }))
+    }
+}
+
+/// Returns when a stream is this old.
+async fn age(age_max: Option<Duration>) {
+    match age_max {
+        Some(age_max) => sleep(age_max).await,
+        None => std::future::pending().await,
     }
 }
 

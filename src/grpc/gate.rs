@@ -13,20 +13,24 @@ use http::{Request, Response};
 use tonic::Status;
 use tower::{Layer, Service};
 
-use super::status;
-use crate::auth::{
-    Authentication, Authenticator, Caller, Peer,
-    access::{self, Need},
+use super::{limit, status};
+use crate::{
+    auth::{
+        AuthError, Authentication, Authenticator, Caller, Peer,
+        access::{self, Need},
+    },
+    limits::Limits,
 };
 
 /// Puts the gate in front of a service.
-#[derive(Clone, Debug)]
-pub struct GateLayer(pub Arc<Authenticator>);
+#[derive(Clone)]
+pub struct GateLayer(pub Arc<Authenticator>, pub Arc<Limits>);
 
 /// A service behind the gate.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Gate<S> {
     authenticator: Arc<Authenticator>,
+    limits: Arc<Limits>,
     inner: S,
 }
 
@@ -36,6 +40,7 @@ impl<S> Layer<S> for GateLayer {
     fn layer(&self, inner: S) -> Gate<S> {
         Gate {
             authenticator: Arc::clone(&self.0),
+            limits: Arc::clone(&self.1),
             inner,
         }
     }
@@ -75,7 +80,7 @@ where
         match self.authenticator.authenticate(request.headers(), peer) {
             Authentication::Known(caller) => {
                 match caller
-                    .map_err(status::unauthenticated)
+                    .map_err(|error| self.unauthenticated(error, &request))
                     .and_then(|caller| admit(caller, need))
                 {
                     Ok(caller) => {
@@ -86,6 +91,11 @@ where
                 }
             }
             Authentication::Pending(caller) => {
+                // Before anything is fetched for a stranger.
+                let address = limit::client_address(&self.limits, &request);
+                if let Err(refusal) = self.limits.credential(address) {
+                    return refuse(status::refused(refusal));
+                }
                 // The service that was said to be ready is the one to call.
                 let ready = self.inner.clone();
                 let mut inner = std::mem::replace(&mut self.inner, ready);
@@ -101,6 +111,22 @@ where
                 };
                 Either::Right(Either::Right(answer.boxed()))
             }
+        }
+    }
+}
+
+impl<S> Gate<S> {
+    /// A wrong credential is held against its address; none at all costs nothing.
+    fn unauthenticated<B>(&self, error: AuthError, request: &Request<B>) -> Status {
+        let counted = match error {
+            AuthError::Missing | AuthError::Unavailable => Ok(()),
+            AuthError::Invalid | AuthError::Expired | AuthError::Revoked => self
+                .limits
+                .credential(limit::client_address(&self.limits, request)),
+        };
+        match counted {
+            Ok(()) => status::unauthenticated(error),
+            Err(refusal) => status::refused(refusal),
         }
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod audit_service;
 pub mod gate;
+pub mod limit;
 mod parse;
 pub mod permission_service;
 mod status;

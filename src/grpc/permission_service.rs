@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     check::{Checker, Evidence, Freshness, Known, Source},
+    limits::Limits,
     loader::LoadError,
     model::{
         BootTime, Membership, OrganizationId, PermissionTemplate, Reason, Subject,
@@ -33,14 +34,16 @@ pub struct PermissionService {
     checker: Arc<Checker>,
     /// The most that a caller may ask for as `max_staleness`.
     staleness_ceiling: Duration,
+    limits: Arc<Limits>,
 }
 
 impl PermissionService {
     #[must_use]
-    pub fn new(checker: Arc<Checker>, staleness_ceiling: Duration) -> Self {
+    pub fn new(checker: Arc<Checker>, staleness_ceiling: Duration, limits: Arc<Limits>) -> Self {
         Self {
             checker,
             staleness_ceiling,
+            limits,
         }
     }
 }
@@ -93,6 +96,8 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         }
         let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
         fields.all_fit(Some(()))?;
+        let within = self.limits.batch_items(&caller, request.items.len());
+        within.map_err(status::refused)?;
         let parsed: Vec<Result<Subject, Status>> = request
             .items
             .iter()

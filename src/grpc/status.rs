@@ -10,6 +10,7 @@ use crate::{
     audit::stream::StreamEnd,
     auth::{AuthError, Forbidden},
     check::CheckError,
+    limits::{Limit, Refusal},
     loader::LoadError,
     model::{Cursor, OrganizationId, Position},
     store::StoreError,
@@ -81,6 +82,49 @@ pub(super) fn forbidden(forbidden: Forbidden) -> Status {
 pub(super) fn no_such_method() -> Status {
     let details = ErrorDetails::with_error_info("METHOD_UNKNOWN", DOMAIN, HashMap::new());
     Status::with_error_details(Code::Unimplemented, "no such method", details)
+}
+
+/// The service, or the caller, has enough to do.
+pub(super) fn refused(refusal: Refusal) -> Status {
+    let (reason, metadata, retry) = match refusal {
+        Refusal::Overloaded => ("OVERLOADED", HashMap::new(), RETRY_OVERLOADED),
+        Refusal::TooManyAtOnce => {
+            let limit = ("limit".to_owned(), Limit::CallerInFlight.name().to_owned());
+            let metadata = HashMap::from([limit]);
+            ("RATE_LIMITED", metadata, RETRY_OVERLOADED)
+        }
+        Refusal::TooMany { limit, retry_after } => {
+            let limit = ("limit".to_owned(), limit.name().to_owned());
+            ("RATE_LIMITED", HashMap::from([limit]), retry_after)
+        }
+    };
+    let mut details = ErrorDetails::with_retry_info(Some(retry));
+    details.set_error_info(reason, DOMAIN, metadata);
+    Status::with_error_details(Code::ResourceExhausted, refusal.to_string(), details)
+}
+
+/// The call's time is up: the caller's own, or what a call may take.
+pub(super) fn deadline_exceeded() -> Status {
+    let details = ErrorDetails::with_error_info("DEADLINE_EXCEEDED", DOMAIN, HashMap::new());
+    let message = "no answer within the call's deadline";
+    Status::with_error_details(Code::DeadlineExceeded, message, details)
+}
+
+/// The stream has lived as long as a stream may.
+pub(super) fn stream_too_old() -> Status {
+    let mut details = ErrorDetails::with_error_info("STREAM_TOO_OLD", DOMAIN, HashMap::new());
+    details.set_retry_info(Some(Duration::ZERO));
+    Status::with_error_details(
+        Code::Unavailable,
+        "the stream has reached its greatest age: open another",
+        details,
+    )
+}
+
+/// The reason of ours that a status carries.
+pub(super) fn reason(status: &Status) -> String {
+    let info = status.get_details_error_info();
+    info.map_or_else(String::new, |info| info.reason)
 }
 
 impl From<CheckError> for Status {

@@ -10,6 +10,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use super::{Config, ServeError, report};
 use crate::{
+    auth::keys::ApiKeys,
     check::Checker,
     model::BootTime,
     store::{
@@ -34,6 +35,8 @@ const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
 /// What must have happened before the first answer. Each sender lives in a task that ends only with the service.
 pub(super) struct Readiness {
     pub(super) inspected: watch::Receiver<bool>,
+    /// What is accepted as a credential, to be read once.
+    pub(super) keys: Option<ApiKeys>,
     pub(super) warmed: watch::Receiver<bool>,
 }
 
@@ -51,12 +54,15 @@ pub(super) async fn prepare(config: &Config, store: &Store) -> Result<(), ServeE
     }
 }
 
-/// Returns when the log is inspected and followed, and the cache is warm or its time is up.
+/// Returns when the log is inspected and followed, callers can be told, and the cache is warm or its time is up.
 pub(super) async fn wait_until_ready(config: &Config, checker: &Checker, mut ready: Readiness) {
     let started = Instant::now();
     // An error is a task that has panicked, which ends the service.
     drop(ready.inspected.wait_for(|inspected| *inspected).await);
     wait_for_lease(checker).await;
+    if let Some(keys) = ready.keys {
+        keys.read().await;
+    }
     let warm = ready.warmed.wait_for(|warmed| *warmed);
     if timeout(config.warm_up_max, warm).await.is_err() {
         tracing::warn!(

@@ -8,7 +8,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::{
-    DatabaseUrl, Store, StoreError, connect, describe,
+    DatabaseUrl, Store, StoreError, describe,
     load::{self, refuse_standby},
     pool::Connection,
 };
@@ -196,8 +196,8 @@ impl LogReader {
     /// # Errors
     /// When the database cannot be reached or will not have us.
     pub async fn open(url: &DatabaseUrl) -> Result<Self, StoreError> {
-        let config = url.with_statement_timeout(Some(PAGE_TIMEOUT));
-        let (client, mut connection) = connect(&config).await?;
+        let url = url.clone().with_statement_timeout(Some(PAGE_TIMEOUT));
+        let (client, mut connection) = url.connect().await?;
         let more = Arc::new(Notify::new());
         let notified = Arc::clone(&more);
         let driver = AbortOnDropHandle::new(tokio::spawn(async move {

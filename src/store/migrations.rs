@@ -46,6 +46,7 @@ pub const MIGRATIONS: &[Migration] = migrations![
     8 "0008_retention",
     9 "0009_analysis",
     10 "0010_indexes",
+    11 "0011_api_keys",
     12 "0012_audit",
 ];
 

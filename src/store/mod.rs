@@ -4,6 +4,7 @@
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
 mod adoption;
+pub mod api_keys;
 pub mod audit;
 pub mod demo;
 pub mod lists;
@@ -11,20 +12,20 @@ pub mod load;
 pub mod log;
 pub mod migrations;
 pub mod pool;
+mod tls;
 mod uninstall;
 pub mod upkeep;
 
-use std::{str::FromStr, time::Duration};
+use std::{fmt, str::FromStr, time::Duration};
 
 use arc_swap::ArcSwap;
 use thiserror::Error;
 use tokio::time::timeout;
 use tokio_postgres::{
-    Client, Config, Connection, NoTls, Socket,
-    config::{SslMode, TargetSessionAttrs},
-    error::SqlState,
-    tls::NoTlsStream,
+    Client, Config, Connection, Socket, config::TargetSessionAttrs, error::SqlState,
+    tls::MakeTlsConnect,
 };
+use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::task::AbortOnDropHandle;
 
 use self::pool::Connections;
@@ -47,7 +48,7 @@ pub enum StoreError {
     /// Every connection to it is taken: try again in a moment.
     #[error("every connection to the database is taken")]
     Busy,
-    /// It will not have us (credentials, no such database): trying again does not help.
+    /// It will not have us (credentials, no such database), or we not it (its certificate): trying again does not help.
     #[error("database refuses the connection: {0}")]
     Refused(String),
     /// It is a standby, whose answers have no bound: look for the primary.
@@ -80,6 +81,7 @@ impl From<tokio_postgres::Error> for StoreError {
                 Self::Unavailable(message)
             }
             Some(_) => Self::Wrong(message),
+            None if tls::is_refusal(&error) => Self::Refused(format!("{message}; {TLS_ADVICE}")),
             None if REFUSALS.iter().any(|kind| message.starts_with(kind)) => Self::Refused(message),
             None if ABSENCES.iter().any(|kind| message.starts_with(kind)) => {
                 Self::Unavailable(message)
@@ -88,6 +90,9 @@ impl From<tokio_postgres::Error> for StoreError {
         }
     }
 }
+
+/// What to look at when the server is not who it must be.
+const TLS_ADVICE: &str = "what is asked of it is in the URL, sslmode and sslrootcert";
 
 /// How tokio-postgres begins the errors that come of what the URL says or leaves out (a password that the server asks
 /// for, a mechanism that it does not know); it shows their kind in no other way.
@@ -119,35 +124,45 @@ fn describe(error: &tokio_postgres::Error) -> String {
     message.replace('\n', " ")
 }
 
-/// Where the database is and how to get in: a libpq URL, checked.
-#[derive(Clone, Debug)]
-pub struct DatabaseUrl(Config);
+/// Where the database is, how to get in and what it must prove: a libpq URL, checked.
+#[derive(Clone)]
+pub struct DatabaseUrl {
+    config: Config,
+    tls: MakeRustlsConnect,
+}
+
+impl fmt::Debug for DatabaseUrl {
+    /// Without the password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.config.fmt(f)
+    }
+}
 
 impl FromStr for DatabaseUrl {
     type Err = String;
 
+    /// Reads the certificates that the URL names, too.
     fn from_str(url: &str) -> Result<Self, String> {
-        let mut config = Config::from_str(url).map_err(|error| describe(&error))?;
+        let (url, tls) = tls::Options::take_from(url);
+        let mut config = Config::from_str(&url).map_err(|error| describe(&error))?;
         if config.get_hosts().is_empty() {
             return Err("no host: name one, or `?host=/directory` for a Unix socket".to_owned());
         }
         if config.get_user().is_none() {
             return Err("no user".to_owned());
         }
-        if config.get_ssl_mode() == SslMode::Require {
-            return Err(
-                "sslmode=require: connections to the database are not encrypted yet".to_owned(),
-            );
-        }
         if config.get_application_name().is_none() {
             config.application_name("hallpass");
         }
+        let mode = tls.mode(&config)?;
         config
+            .ssl_mode(tls::ssl_mode(mode))
             .target_session_attrs(TargetSessionAttrs::ReadWrite)
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_user_timeout(TCP_USER_TIMEOUT)
             .keepalives_idle(KEEPALIVE_IDLE);
-        Ok(Self(config))
+        let tls = tls.connector(mode)?;
+        Ok(Self { config, tls })
     }
 }
 
@@ -155,18 +170,29 @@ impl DatabaseUrl {
     /// The same database with a limit on how long any statement may run, `None` for none; and READ COMMITTED, in
     /// which a statement's snapshot is younger than the locks taken before it. What has a limit is short, and compiling
     /// it would take longer than running it.
-    fn with_statement_timeout(&self, timeout: Option<Duration>) -> Config {
-        let mut config = self.0.clone();
+    fn with_statement_timeout(mut self, timeout: Option<Duration>) -> Self {
         let millis = timeout.map_or(0, |timeout| timeout.as_millis());
         let jit = if timeout.is_some() { "-c jit=off" } else { "" };
         let options = format!(
             "{} -c statement_timeout={millis} -c default_transaction_isolation=read\\ committed {jit}",
-            self.0.get_options().unwrap_or_default()
+            self.config.get_options().unwrap_or_default()
         );
-        config.options(options.trim_start());
-        config
+        self.config.options(options.trim_start());
+        self
+    }
+
+    async fn connect(self) -> Result<(Client, Driver), StoreError> {
+        match timeout(CONNECT_TIMEOUT, self.config.connect(self.tls)).await {
+            Ok(connected) => Ok(connected?),
+            Err(_) => Err(StoreError::Unavailable(format!(
+                "no connection within {CONNECT_TIMEOUT:?}"
+            ))),
+        }
     }
 }
+
+/// What moves a client's questions and answers while it is polled.
+type Driver = Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>;
 
 /// A connection of its own, outside the pool, driven until it is dropped.
 pub struct DedicatedConnection {
@@ -181,7 +207,10 @@ impl DedicatedConnection {
         url: &DatabaseUrl,
         statement_timeout: Option<Duration>,
     ) -> Result<Self, StoreError> {
-        let (client, connection) = connect(&url.with_statement_timeout(statement_timeout)).await?;
+        let (client, connection) = (url.clone())
+            .with_statement_timeout(statement_timeout)
+            .connect()
+            .await?;
         let driver = tokio::spawn(async move {
             // The client's next call reports the same error to whoever uses the connection.
             if let Err(error) = connection.await {
@@ -192,15 +221,6 @@ impl DedicatedConnection {
             client,
             _driver: AbortOnDropHandle::new(driver),
         })
-    }
-}
-
-async fn connect(config: &Config) -> Result<(Client, Connection<Socket, NoTlsStream>), StoreError> {
-    match timeout(CONNECT_TIMEOUT, config.connect(NoTls)).await {
-        Ok(connected) => Ok(connected?),
-        Err(_) => Err(StoreError::Unavailable(format!(
-            "no connection within {CONNECT_TIMEOUT:?}"
-        ))),
     }
 }
 
@@ -239,12 +259,12 @@ impl Store {
     /// # Errors
     /// Never with the settings that this function makes; a defect otherwise.
     pub fn new(url: &DatabaseUrl) -> Result<Self, StoreError> {
-        let config = url.with_statement_timeout(Some(LOAD_TIMEOUT));
+        let url = url.clone().with_statement_timeout(Some(LOAD_TIMEOUT));
         Ok(Self {
-            misses: Connections::new(config.clone(), MISS_CONNECTIONS_MAX + ASIDE_CONNECTIONS_MAX)?,
-            reads: Connections::new(config.clone(), READ_CONNECTIONS_MAX)?,
-            audits: Connections::new(config.clone(), AUDIT_CONNECTIONS_MAX)?,
-            audit_tail: Connections::new(config, 1)?,
+            misses: Connections::new(&url, MISS_CONNECTIONS_MAX + ASIDE_CONNECTIONS_MAX)?,
+            reads: Connections::new(&url, READ_CONNECTIONS_MAX)?,
+            audits: Connections::new(&url, AUDIT_CONNECTIONS_MAX)?,
+            audit_tail: Connections::new(&url, 1)?,
             catalog: ArcSwap::default(),
         })
     }

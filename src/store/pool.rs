@@ -9,9 +9,10 @@ use deadpool_postgres::{
     Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
 };
 use tokio::time::timeout;
-use tokio_postgres::{Config, NoTls, Row, types::ToSql};
+use tokio_postgres::{Row, types::ToSql};
+use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::{CONNECT_TIMEOUT, StoreError};
+use super::{CONNECT_TIMEOUT, DatabaseUrl, StoreError};
 
 /// How long a question waits for a connection: longer than most statements take, shorter than a caller's patience.
 const ACQUIRE_WAIT_MAX: Duration = Duration::from_secs(1);
@@ -29,16 +30,21 @@ const CANCEL_WAIT_MAX: Duration = Duration::from_millis(500);
 pub struct Connections {
     pool: Pool,
     size: usize,
+    /// What takes a question back goes the way that the question went.
+    tls: MakeRustlsConnect,
 }
 
 /// A connection of a pool, for one question.
-pub struct Connection(Object);
+pub struct Connection {
+    connection: Object,
+    tls: MakeRustlsConnect,
+}
 
 impl Connections {
-    pub(super) fn new(config: Config, size: usize) -> Result<Self, StoreError> {
+    pub(super) fn new(url: &DatabaseUrl, size: usize) -> Result<Self, StoreError> {
         let manager = Manager::from_config(
-            config,
-            NoTls,
+            url.config.clone(),
+            url.tls.clone(),
             ManagerConfig {
                 recycling_method: RecyclingMethod::Fast,
             },
@@ -51,7 +57,11 @@ impl Connections {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| StoreError::Wrong(error.to_string()))?;
-        Ok(Self { pool, size })
+        Ok(Self {
+            pool,
+            size,
+            tls: url.tls.clone(),
+        })
     }
 
     pub(super) async fn fill(&self) -> Result<(), StoreError> {
@@ -70,7 +80,10 @@ impl Connections {
         if self.pool.status().waiting >= WAITING_MAX {
             return Err(StoreError::Busy);
         }
-        Ok(Connection(self.pool.get().await?))
+        Ok(Connection {
+            connection: self.pool.get().await?,
+            tls: self.tls.clone(),
+        })
     }
 }
 
@@ -93,7 +106,7 @@ impl Connection {
         sql: &str,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
-        let Self(connection) = self;
+        let Self { connection, tls } = self;
         let answer = timeout(wait_max, async {
             let statement = connection.prepare_cached(sql).await?;
             connection.query(&statement, parameters).await
@@ -103,7 +116,7 @@ impl Connection {
             // Out of the pool first: another one may be opened in its place.
             let connection = Object::take(connection);
             let cancelled = connection.cancel_token();
-            match timeout(CANCEL_WAIT_MAX, cancelled.cancel_query(NoTls)).await {
+            match timeout(CANCEL_WAIT_MAX, cancelled.cancel_query(tls)).await {
                 Ok(Ok(())) => {}
                 // It is cut off, and will notice when it writes its answer.
                 Ok(Err(_)) | Err(_) => tracing::debug!("a question could not be cancelled"),

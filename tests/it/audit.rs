@@ -723,7 +723,7 @@ async fn a_slow_consumer_slows_itself_alone() {
 async fn streams_end_with_their_cursor_at_their_age_and_lose_nothing() {
     let (database, client) = changed().await;
     let mut config = config(&database.url);
-    config.audit.age_max = Duration::from_millis(150);
+    config.audit.age_max = Some(Duration::from_millis(150));
     let server = Server::start(config).await;
     let mut start = Start::Earliest(true);
     let mut taken = Vec::new();

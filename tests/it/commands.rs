@@ -42,7 +42,7 @@ const ERROR: i32 = 2;
 pub(crate) struct Ran {
     pub(crate) code: i32,
     pub(crate) out: String,
-    err: String,
+    pub(crate) err: String,
 }
 
 impl Ran {
@@ -57,7 +57,7 @@ impl Ran {
     }
 
     /// Asserts an error that says what is the matter on one line.
-    fn assert_one_line(&self, expected: &str) {
+    pub(crate) fn assert_one_line(&self, expected: &str) {
         assert_eq!(self.code, ERROR, "{self:?}");
         assert_eq!(self.out, "", "{self:?}");
         let complaint = self.complaint();
@@ -68,7 +68,7 @@ impl Ran {
 }
 
 /// Nothing of whoever runs the tests reaches the program.
-fn command(program: &str) -> Command {
+pub(crate) fn command(program: &str) -> Command {
     let mut command = Command::new(program);
     for (name, _) in env::vars_os() {
         let ours = name.to_string_lossy().starts_with("HALLPASS_");
@@ -80,7 +80,7 @@ fn command(program: &str) -> Command {
     command
 }
 
-async fn finish(mut command: Command) -> Ran {
+pub(crate) async fn finish(mut command: Command) -> Ran {
     let output = within("the command ends", PATIENCE, command.output()).await;
     let output = output.unwrap();
     Ran {
@@ -467,8 +467,8 @@ async fn serve_and_migrate_say_why_they_will_not_on_one_line() {
     }
     let addresses = [
         (&*taken, "cannot listen on 127.0.0.1:"),
-        ("0.0.0.0:0", "not authenticated"),
-        ("[::]:0", "not authenticated"),
+        ("0.0.0.0:0", "say who may call"),
+        ("[::]:0", "say who may call"),
         ("unix:/no/such/directory/socket", "cannot listen on unix:"),
     ];
     for (address, expected) in addresses {

@@ -232,7 +232,7 @@ async fn lists_that_hang_leave_misses_alone() {
 }
 
 /// Whatever asks whether it speaks to a standby takes longer than anybody waits.
-const HANG: &str = "
+pub(crate) const HANG: &str = "
 CREATE FUNCTION public.pg_is_in_recovery() RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_sleep(60);
@@ -243,13 +243,13 @@ BEGIN
     EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database());
 END $$";
 
-const HANGING: &str = "
+pub(crate) const HANGING: &str = "
 SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'hallpass' AND state = 'active'
   AND query LIKE '%pg_is_in_recovery%'";
 
 /// Less than the database's own limit on a statement.
-const CANCELLED_WITHIN: Duration = Duration::from_secs(3);
+pub(crate) const CANCELLED_WITHIN: Duration = Duration::from_secs(3);
 
 #[tokio::test]
 async fn what_nobody_waits_for_any_more_is_cancelled() {

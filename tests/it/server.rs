@@ -11,6 +11,7 @@ use hallpass::{
     audit,
     auth::Authenticator,
     config,
+    limits::Bounds,
     selfcheck::SAMPLE_EVERY,
     server::{self, Config, Listener, ServeError},
     store::DatabaseUrl,
@@ -88,6 +89,22 @@ pub(crate) fn config(url: &str) -> Config {
         lame_duck: Duration::ZERO,
         drain_max: config::DRAIN_MAX,
         audit: audit::Limits::default(),
+        bounds: bounds(),
+    }
+}
+
+/// No rate: a test asks as fast as it can.
+pub(crate) fn bounds() -> Bounds {
+    Bounds {
+        requests_in_flight_max: 5_000,
+        caller_in_flight_max: 0,
+        address_rate_max: 0,
+        credential_rate_max: 0,
+        caller_rate_max: 0,
+        caller_list_rate_max: 0,
+        trusted_proxies: Vec::new(),
+        request_deadline_max: Some(Duration::from_secs(10)),
+        stream_age_max: None,
     }
 }
 

@@ -1,0 +1,320 @@
+//! How much of the service everybody together, one address and one caller may have; which of it a call was refused.
+//!
+//! Invariants: nothing grows with the number of callers or addresses; a place that is taken is given back however the
+//! call ends; and nothing here speaks a protocol: every listener asks the same and words the same [`Refusal`].
+
+mod forwarded;
+mod rate;
+mod shares;
+mod tally;
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use http::HeaderMap;
+use ipnet::IpNet;
+use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+pub use self::shares::Share;
+use self::{rate::Rate, shares::Shares, tally::Tally};
+use crate::auth::{
+    Caller, Identity, Scope,
+    access::{self, Need},
+};
+
+/// Items of a batch that cost as much as a call: an item is about 1 µs of work, a call about 8. What items cost the
+/// database is bounded where it is asked.
+const BATCH_ITEMS_A_CALL: u32 = 10;
+
+/// Streams, by nature as long as they are wanted.
+const STREAMS: [&str; 2] = [
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+];
+
+/// The bounds, as set; 0 and `None`: none.
+#[derive(Clone, Debug)]
+pub struct Bounds {
+    pub requests_in_flight_max: usize,
+    /// Requests in flight of one caller.
+    pub caller_in_flight_max: u32,
+    /// Calls a second from one address.
+    pub address_rate_max: u32,
+    /// Credentials a second, from one address, that are wrong or have to be looked up.
+    pub credential_rate_max: u32,
+    /// Checks a second of one caller.
+    pub caller_rate_max: u32,
+    /// Calls a second of one caller that are not checks.
+    pub caller_list_rate_max: u32,
+    /// Proxies that are believed about whom they speak for.
+    pub trusted_proxies: Vec<IpNet>,
+    pub request_deadline_max: Option<Duration>,
+    pub stream_age_max: Option<Duration>,
+}
+
+/// What can be exceeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    InFlight,
+    CallerInFlight,
+    Address,
+    Credentials,
+    Checks,
+    Lists,
+}
+
+impl Limit {
+    pub const ALL: [Self; 6] = [
+        Self::InFlight,
+        Self::CallerInFlight,
+        Self::Address,
+        Self::Credentials,
+        Self::Checks,
+        Self::Lists,
+    ];
+
+    /// As callers are told; the setting's name without `--` and `-max`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InFlight => "requests-in-flight",
+            Self::CallerInFlight => "caller-in-flight",
+            Self::Address => "address-rate",
+            Self::Credentials => "credential-rate",
+            Self::Checks => "caller-rate",
+            Self::Lists => "caller-list-rate",
+        }
+    }
+}
+
+/// Why a call is turned away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// It is not this caller's fault.
+    #[error("the service is overloaded")]
+    Overloaded,
+    #[error("more calls at once than `{}` allows", Limit::CallerInFlight.name())]
+    TooManyAtOnce,
+    #[error("more calls than `{}` allows", .limit.name())]
+    TooMany {
+        limit: Limit,
+        /// It may pass then.
+        retry_after: Duration,
+    },
+}
+
+/// What the limits have to know of a method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Method {
+    /// Its path; `unknown` for one that nobody serves: what a caller makes up is not logged.
+    pub name: &'static str,
+    pub class: Class,
+    pub is_stream: bool,
+}
+
+/// Which limits are for a method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Health: answered whatever else is refused.
+    Free,
+    /// Answered from the cache most of the time.
+    Check,
+    /// Everything else is work for the database.
+    List,
+}
+
+impl Method {
+    #[must_use]
+    pub fn of(path: &str) -> Self {
+        let known = access::ACCESS.iter().find(|(name, _)| *name == path);
+        let Some((name, need)) = known else {
+            return Self {
+                name: "unknown",
+                class: Class::List,
+                is_stream: false,
+            };
+        };
+        Self {
+            name,
+            class: match need {
+                Need::Nothing => Class::Free,
+                Need::Scope(Scope::Check) => Class::Check,
+                Need::Credential | Need::Scope(_) => Class::List,
+            },
+            is_stream: STREAMS.contains(name),
+        }
+    }
+}
+
+/// The limits, and how far they are used.
+pub struct Limits {
+    in_flight: Arc<Semaphore>,
+    shares: Option<Arc<Shares>>,
+    addresses: Rate,
+    credentials: Rate,
+    checks: Rate,
+    lists: Rate,
+    trusted_proxies: Vec<IpNet>,
+    pub request_deadline_max: Option<Duration>,
+    pub stream_age_max: Option<Duration>,
+    /// Of this process alone: nobody can choose a key that meets another's slots.
+    hashes: RandomState,
+    pub tally: Tally,
+}
+
+/// A place among the requests in flight, given back when it is dropped.
+#[derive(Debug)]
+pub struct Place {
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Limits {
+    #[must_use]
+    pub fn new(bounds: Bounds) -> Self {
+        let places = match bounds.requests_in_flight_max {
+            0 => Semaphore::MAX_PERMITS,
+            max => max.min(Semaphore::MAX_PERMITS),
+        };
+        Self {
+            in_flight: Arc::new(Semaphore::new(places)),
+            shares: match bounds.caller_in_flight_max {
+                0 => None,
+                max => Some(Arc::new(Shares::new(max))),
+            },
+            addresses: Rate::a_second(bounds.address_rate_max),
+            credentials: Rate::a_second(bounds.credential_rate_max),
+            checks: Rate::a_second(bounds.caller_rate_max),
+            lists: Rate::a_second(bounds.caller_list_rate_max),
+            trusted_proxies: bounds.trusted_proxies,
+            request_deadline_max: bounds.request_deadline_max,
+            stream_age_max: bounds.stream_age_max,
+            hashes: RandomState::new(),
+            tally: Tally::default(),
+        }
+    }
+
+    /// Whose address a call comes from; `None` for a Unix socket's peer.
+    #[must_use]
+    pub fn client_address(&self, peer: Option<IpAddr>, headers: &HeaderMap) -> Option<IpAddr> {
+        peer.map(|peer| forwarded::client_address(peer, headers, &self.trusted_proxies))
+    }
+
+    /// Takes a place among the requests in flight.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn enter(&self) -> Result<Place, Refusal> {
+        match Arc::clone(&self.in_flight).try_acquire_owned() {
+            Ok(permit) => Ok(Place { _permit: permit }),
+            Err(_) => {
+                self.tally.refused(Limit::InFlight);
+                Err(Refusal::Overloaded)
+            }
+        }
+    }
+
+    /// Counts a call from an address. A loopback address tells nobody from anybody, and has no limit.
+    ///
+    /// # Errors
+    /// When the address has had its share.
+    pub fn address(&self, address: Option<IpAddr>) -> Result<(), Refusal> {
+        match address {
+            Some(address) if !address.is_loopback() => {
+                self.take_of_address(Limit::Address, &self.addresses, address)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Counts a credential that is wrong or has to be looked up. What is known to be right is not held against it, so
+    /// that a stranger locks nobody out who shares its address.
+    ///
+    /// # Errors
+    /// When the address has had its share.
+    pub fn credential(&self, address: Option<IpAddr>) -> Result<(), Refusal> {
+        match address {
+            Some(address) => self.take_of_address(Limit::Credentials, &self.credentials, address),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes one of the caller's own places, of its address's where nobody has to say who it is. So a caller that sends
+    /// no more than the beginning of its requests takes places from itself alone.
+    ///
+    /// # Errors
+    /// When it has all of them already.
+    pub fn share(
+        &self,
+        caller: &Caller,
+        address: Option<IpAddr>,
+    ) -> Result<Option<Share>, Refusal> {
+        let key = match (&caller.identity, address) {
+            (Identity::Anyone, None) => return Ok(None),
+            (Identity::Anyone, Some(address)) => self.hashes.hash_one(forwarded::network(address)),
+            (identity, _) => self.hashes.hash_one(identity),
+        };
+        match self.shares.as_ref().map(|shares| shares.take(key)) {
+            None => Ok(None),
+            Some(Some(share)) => Ok(Some(share)),
+            Some(None) => {
+                self.tally.refused(Limit::CallerInFlight);
+                Err(Refusal::TooManyAtOnce)
+            }
+        }
+    }
+
+    /// Counts a caller's call.
+    ///
+    /// # Errors
+    /// When the caller has had its share.
+    pub fn caller(&self, caller: &Caller, class: Class) -> Result<(), Refusal> {
+        match class {
+            Class::Free => Ok(()),
+            Class::Check => self.take_of_caller(Limit::Checks, &self.checks, caller, 1),
+            Class::List => self.take_of_caller(Limit::Lists, &self.lists, caller, 1),
+        }
+    }
+
+    /// Counts the items of a batch, beyond what the call itself cost.
+    ///
+    /// # Errors
+    /// When the caller has had its share.
+    pub fn batch_items(&self, caller: &Caller, items: usize) -> Result<(), Refusal> {
+        let cells = u32::try_from(items).unwrap_or(u32::MAX) / BATCH_ITEMS_A_CALL;
+        self.take_of_caller(Limit::Checks, &self.checks, caller, cells)
+    }
+
+    fn take_of_address(&self, limit: Limit, rate: &Rate, address: IpAddr) -> Result<(), Refusal> {
+        let key = self.hashes.hash_one(forwarded::network(address));
+        self.took(limit, rate.take(key, 1))
+    }
+
+    fn take_of_caller(
+        &self,
+        limit: Limit,
+        rate: &Rate,
+        caller: &Caller,
+        cells: u32,
+    ) -> Result<(), Refusal> {
+        // Where nobody has to say who it is, one who asks much is not told from many who ask little.
+        if caller.identity == Identity::Anyone {
+            return Ok(());
+        }
+        self.took(
+            limit,
+            rate.take(self.hashes.hash_one(&caller.identity), cells),
+        )
+    }
+
+    fn took(&self, limit: Limit, taken: Result<(), Duration>) -> Result<(), Refusal> {
+        taken.map_err(|retry_after| {
+            self.tally.refused(limit);
+            Refusal::TooMany { limit, retry_after }
+        })
+    }
+}

@@ -7,7 +7,7 @@ use hallpass_client::{
     Credential,
     tonic::{Status, service::interceptor::InterceptedService, transport::Channel},
     v1::{
-        ListUserPermissionsRequest, UserPermission,
+        ListUserPermissionsRequest, UserPermission, audit_service_client::AuditServiceClient,
         permission_service_client::PermissionServiceClient,
     },
 };
@@ -100,6 +100,21 @@ fn table(permissions: &[UserPermission]) -> Vec<String> {
 pub(super) async fn connect(
     settings: &ClientSettings,
 ) -> anyhow::Result<PermissionServiceClient<InterceptedService<Channel, Credential>>> {
+    let (channel, credential) = open(settings).await?;
+    Ok(PermissionServiceClient::with_interceptor(
+        channel, credential,
+    ))
+}
+
+/// As [`connect`], for the audit log.
+pub(super) async fn audit_client(
+    settings: &ClientSettings,
+) -> anyhow::Result<AuditServiceClient<InterceptedService<Channel, Credential>>> {
+    let (channel, credential) = open(settings).await?;
+    Ok(AuditServiceClient::with_interceptor(channel, credential))
+}
+
+async fn open(settings: &ClientSettings) -> anyhow::Result<(Channel, Credential)> {
     let credential = match &settings.token {
         None => Credential::default(),
         // The cause would not say more, and might show the token.
@@ -114,9 +129,7 @@ pub(super) async fn connect(
                 settings.endpoint
             )
         })?;
-    Ok(PermissionServiceClient::with_interceptor(
-        channel, credential,
-    ))
+    Ok((channel, credential))
 }
 
 /// A status on one line, its code as the protocol spells it.

@@ -17,6 +17,7 @@ mod adopted_scenarios;
 mod adoption;
 mod analysis;
 mod audit;
+mod audit_commands;
 mod audit_list;
 mod audit_stress;
 mod belief;

@@ -162,7 +162,7 @@ async fn a_page_of_large_values_is_short() {
 
 /// Rows of 200 organizations, 20,000 users and 1,000 actors, straight into the log, by one statement each table: as
 /// they lie after years, but for the months, since that makes no difference to how one partition is read.
-async fn fill(client: &Client, rows: u32) {
+pub(crate) async fn fill(client: &Client, rows: u32) {
     let fill = format!(
         "INSERT INTO permission_audit_log
              (entry_id, n, created_at, org_id, affected_user_id, changed_by, permission_key, table_name, change_type,

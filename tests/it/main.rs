@@ -18,6 +18,7 @@ mod adoption;
 mod analysis;
 mod audit;
 mod audit_commands;
+mod audit_figures;
 mod audit_list;
 mod audit_stress;
 mod belief;

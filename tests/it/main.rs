@@ -17,6 +17,7 @@ mod adopted_scenarios;
 mod adoption;
 mod analysis;
 mod audit;
+mod audit_actors;
 mod audit_commands;
 mod audit_figures;
 mod audit_list;

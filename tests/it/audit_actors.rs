@@ -39,11 +39,11 @@ const CASES: &[(&str, &str)] = &[
     ),
     // PostgREST, which sets claims and a role.
     (
-        "BEGIN; SET LOCAL ROLE pg_write_all_data;
+        "BEGIN; SET LOCAL ROLE hallpass_auditor;
          SELECT set_config('request.jwt.claims', format('{\"sub\":\"%s\",\"session_id\":\"s-1\"}', :cam), true),
                 set_config('request.headers', '{\"x-request-id\":\"req-4\"}', true);
          CHANGE; COMMIT",
-        "1 cam JWT req-4 s-1 pg_write_all_data hallpass psql",
+        "1 cam JWT req-4 s-1 hallpass_auditor hallpass psql",
     ),
     ("CHANGE", "1 - NONE - - hallpass hallpass psql"),
     // Settings go before claims.
@@ -66,7 +66,11 @@ async fn an_actor_is_told_as_it_was_and_leaks_to_nobody() {
     let database = Database::create().await;
     let client = database.client().await;
     fill(&client).await;
-    run_sql(&client, "SET application_name = 'psql'").await;
+    run_sql(
+        &client,
+        "SET application_name = 'psql'; GRANT SELECT, UPDATE ON profiles TO hallpass_auditor",
+    )
+    .await;
     let server = Server::start(config(&database.url)).await;
     let start = Start::Now(true);
     let mut stream = Consumer::start(&server.channel, start, AuditFilter::default())

@@ -182,3 +182,75 @@ fn audit_token_parts(token: &str) -> Option<(&str, ListKey)> {
     };
     Some((&digits[..32], key))
 }
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+    use crate::{
+        auth::{Caller, Identity, Organizations, Scope},
+        model::UserId,
+    };
+
+    fn caller(organizations: Organizations, only_user: Option<UserId>) -> Caller {
+        Caller {
+            identity: Identity::Anyone,
+            scopes: [Scope::Audit].into_iter().collect(),
+            organizations,
+            only_user,
+        }
+    }
+
+    /// The organizations whose entries a caller gets.
+    fn reads(caller: &Caller, asked: Option<Uuid>) -> Result<Option<Vec<Uuid>>, Code> {
+        let mut fields = Fields::new(caller);
+        let filter = fields.audit_filter(Some(v1::AuditFilter {
+            organization_id: asked.map_or(String::new(), |id| id.to_string()),
+            ..v1::AuditFilter::default()
+        }));
+        let filter = fields.all_fit(filter).map_err(|status| status.code())?;
+        Ok(filter.organizations)
+    }
+
+    #[test]
+    fn a_caller_reads_the_entries_of_its_organizations_alone() {
+        let [own, other, foreign] = [1, 2, 3].map(Uuid::from_u128);
+        let all = caller(Organizations::All, None);
+        assert_eq!(reads(&all, None), Ok(None));
+        assert_eq!(reads(&all, Some(foreign)), Ok(Some(vec![foreign])));
+        let some = [other, own].map(OrganizationId);
+        let some = caller(Organizations::only(some), None);
+        assert_eq!(reads(&some, None), Ok(Some(vec![own, other])));
+        assert_eq!(reads(&some, Some(own)), Ok(Some(vec![own])));
+        assert_eq!(reads(&some, Some(foreign)), Err(Code::PermissionDenied));
+        let none = caller(Organizations::only([]), None);
+        assert_eq!(reads(&none, None), Ok(Some(vec![])));
+        // A user's own token: the audit log says what others did.
+        let user = caller(
+            Organizations::only([OrganizationId(own)]),
+            Some(UserId(own)),
+        );
+        for asked in [None, Some(own)] {
+            assert_eq!(reads(&user, asked), Err(Code::PermissionDenied));
+        }
+    }
+
+    #[test]
+    fn a_token_leads_on_in_its_filter() {
+        let filter = AuditFilter {
+            actor: Some(Uuid::from_u128(7)),
+            ..AuditFilter::default()
+        };
+        let key = ListKey {
+            transaction_time: SystemTime::UNIX_EPOCH + Duration::from_micros(1_777_627_800_123_456),
+            entry_id: i64::MAX,
+            row: i32::MAX,
+        };
+        let token = AuditQuery(&filter).token(key);
+        let (digest, parsed) = audit_token_parts(&token).unwrap();
+        assert_eq!(parsed, key);
+        assert_eq!(digest, AuditQuery(&filter).digest());
+        assert_ne!(digest, AuditQuery(&AuditFilter::default()).digest());
+    }
+}

@@ -27,7 +27,7 @@ export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
 .PHONY: help demo test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
-	audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation
+	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -126,6 +126,14 @@ audit-kills: ## kill a replica and the database TIMES=25 times each, and compare
 	@tools/prerequisites.sh rust cc postgresql psql
 	@TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::audit_streams_lose_nothing_through_kills --ignored --nocapture
+
+audit-consumer: target/python ## run the Python consumer of docs/audit.md
+	@PYTHON=$(CURDIR)/target/python/bin/python $(CARGO) test --locked --quiet --test it -- \
+		--exact audit_commands::the_consumer_of_the_documentation_loses_nothing --ignored
+
+target/python:
+	python3 -m venv $@
+	$@/bin/pip install --quiet grpcio grpcio-tools
 
 audit-figures: ## measure how late audit entries arrive, and how fast a million of them are exported
 	@tools/prerequisites.sh rust cc postgresql

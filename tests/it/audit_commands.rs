@@ -360,3 +360,53 @@ async fn what_is_no_filter_is_refused() {
         assert!(ran.complaint().concat().contains(complaint), "{ran:?}");
     }
 }
+
+/// The consumer of docs/audit.md, as it stands there, killed in between.
+#[tokio::test]
+#[ignore = "needs a Python with grpcio and grpcio-tools: make audit-consumer"]
+async fn the_consumer_of_the_documentation_loses_nothing() {
+    let python = std::env::var("PYTHON").unwrap_or("python3".to_owned());
+    let (database, client) = changed().await;
+    let server = Server::start(config(&database.url)).await;
+    let directory = temporary_directory();
+    let root = env!("CARGO_MANIFEST_DIR");
+    let page = fs::read_to_string(format!("{root}/docs/audit.md")).unwrap();
+    let (_, program) = page.split_once("```python\n").unwrap();
+    let (program, _) = program.split_once("```").unwrap();
+    fs::write(directory.path().join("consumer.py"), program).unwrap();
+    let mut generate = command(&python);
+    generate.args(["-m", "grpc_tools.protoc", "-I", &format!("{root}/proto")]);
+    generate.args([
+        "--python_out=.",
+        "--grpc_python_out=.",
+        "hallpass/v1/audit_service.proto",
+    ]);
+    generate.current_dir(directory.path());
+    assert!(generate.status().await.unwrap().success());
+    let target = server.endpoint.trim_start_matches("http://");
+    let mut printed = Vec::new();
+    for round in 0..3 {
+        set_role(&client, "lincoln", "ann", ["admin", "volunteer"][round % 2]).await;
+        let all = logged(&client, "true").await;
+        let head = value(&client, "SELECT hallpass.head()").await;
+        let mut consumer = command(&python);
+        consumer.args(["-u", "consumer.py", target, "cursor"]);
+        consumer
+            .current_dir(directory.path())
+            .stdout(Stdio::piped());
+        let mut child = consumer.spawn().unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap()).lines();
+        while printed.len() < all.len() {
+            let line = within("a line", PATIENCE, out.next_line()).await;
+            let line = line.unwrap().unwrap();
+            printed.push(line.split(' ').nth(1).unwrap().to_owned());
+        }
+        eventually("the cursor is kept", async || {
+            let kept = fs::read_to_string(directory.path().join("cursor")).unwrap_or_default();
+            kept.split('.').next() == Some(&head)
+        })
+        .await;
+        drop(child);
+    }
+    assert_eq!(printed, logged(&client, "true").await);
+}

@@ -26,8 +26,8 @@ ifeq ($(NODE_EXTRA_CA_CERTS),)
 export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
-.PHONY: help demo test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks freeze fuzz \
-	mutants figures overload sbom torture torture-mutants revocation
+.PHONY: help demo test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
+	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -119,6 +119,31 @@ overload: ## offer three times what the service can answer, and print what becom
 	@$(CARGO) bench --locked --bench attacks -- --overload
 
 # The tests' own binary, as it is released: most of a run is questions, and the machine's two cores answer them too.
+audit-plans: ## see that lists of the audit log read their indexes at a million rows
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) test --locked --quiet --test it -- --exact audit_list::lists_read_their_indexes_of_a_million_rows --ignored
+
+audit-kills: ## kill a replica and the database TIMES=25 times each, and compare what audit streams got with the log
+	@tools/prerequisites.sh rust cc postgresql psql
+	@TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \
+		--exact torture::audit_streams_lose_nothing_through_kills --ignored --nocapture
+
+audit-consumer: target/python ## run the Python consumer of docs/audit.md
+	@PYTHON=$(CURDIR)/target/python/bin/python $(CARGO) test --locked --quiet --test it -- \
+		--exact audit_commands::the_consumer_of_the_documentation_loses_nothing --ignored
+
+target/python:
+	python3 -m venv $@
+	$@/bin/pip install --quiet grpcio grpcio-tools
+
+audit-figures: ## measure how late audit entries arrive, and how fast a million of them are exported
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) test --release --locked --quiet --test it -- audit_figures:: --ignored --nocapture --test-threads 1
+
+audit-stress: ## cut and resume 100 audit streams while 32 writers write for a minute, and compare with the tables
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) test --release --locked --quiet --test it -- --exact audit_stress::streams_that_are_cut_for_a_minute_lose_nothing --ignored --nocapture
+
 torture: ## kill, stop, cut off and restore for a quarter of an hour, and check CHECKS=10000000 answers against history
 	@tools/prerequisites.sh rust cc postgresql psql
 	@CHECKS=$(CHECKS) TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \

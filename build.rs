@@ -6,7 +6,13 @@ use prost::Message;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let descriptors = protox::compile(["hallpass/v1/permission_service.proto"], ["proto"])?;
+    let descriptors = protox::compile(
+        [
+            "hallpass/v1/audit_service.proto",
+            "hallpass/v1/permission_service.proto",
+        ],
+        ["proto"],
+    )?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("hallpass.v1.binpb"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure()

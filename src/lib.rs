@@ -16,6 +16,7 @@
 //!
 //! `ARCHITECTURE.md` tells the same as data flow and invariants.
 
+pub mod audit;
 pub mod auth;
 pub mod cache;
 pub mod check;

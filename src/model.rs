@@ -97,6 +97,8 @@ pub enum PositionError {
     Seq,
     #[error("must end with the entry's uid, 8 hexadecimal digits")]
     Uid,
+    #[error("must have the number of a row behind its `.`")]
+    Row,
 }
 
 impl fmt::Display for Position {
@@ -105,6 +107,63 @@ impl fmt::Display for Position {
             return f.write_str("0-0");
         }
         write!(f, "{}-{:08x}", self.seq, self.uid)
+    }
+}
+
+/// A place within the log: an entry, and its rows up to this one. Printed `812-5f0c9ae1.20`; without a row, as a position
+/// is, it stands behind the whole entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Cursor {
+    pub entry: Position,
+    pub row: i32,
+}
+
+impl Cursor {
+    /// The row of a cursor that stands behind its entry.
+    pub const WHOLE: i32 = i32::MAX;
+
+    /// Behind the whole of an entry.
+    #[must_use]
+    pub fn after(entry: Position) -> Self {
+        Self {
+            entry,
+            row: Self::WHOLE,
+        }
+    }
+
+    /// Whether it stands before `other`, of the same history.
+    #[must_use]
+    pub fn is_before(self, other: Self) -> bool {
+        (self.entry.seq, self.row) < (other.entry.seq, other.row)
+    }
+}
+
+impl FromStr for Cursor {
+    type Err = PositionError;
+
+    /// Reads what [`Cursor`] prints, a position among it.
+    fn from_str(text: &str) -> Result<Self, PositionError> {
+        let text = text.trim();
+        let Some((entry, row)) = text.split_once('.') else {
+            return text.parse().map(Self::after);
+        };
+        let entry: Position = entry.parse()?;
+        // The parser would take a sign too, and one cursor must not have two spellings.
+        let is_number = row.bytes().all(|c| c.is_ascii_digit()) && !row.starts_with('0');
+        let row = row.parse().ok().filter(|_| is_number);
+        match row {
+            Some(row) if entry != Position::ZERO => Ok(Self { entry, row }),
+            _ => Err(PositionError::Row),
+        }
+    }
+}
+
+impl fmt::Display for Cursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.row == Self::WHOLE {
+            return self.entry.fmt(f);
+        }
+        write!(f, "{}.{}", self.entry, self.row)
     }
 }
 

@@ -22,7 +22,10 @@ use tokio::{
     task::{JoinError, JoinSet},
     time::{sleep, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 use tonic::{
     codec::CompressionEncoding,
     service::Routes,
@@ -42,11 +45,13 @@ pub use self::{
     tls::{Tls, TlsFiles},
 };
 use crate::{
+    audit::{self, tail::Tail},
     auth::{Authenticator, Peer},
     cache::Cache,
     check::Checker,
     feed::{self, Progress},
     grpc::{
+        audit_service::AuditService,
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
         permission_service::PermissionService,
@@ -84,6 +89,7 @@ pub struct Config {
     pub lame_duck: Duration,
     pub drain_max: Duration,
     pub bounds: Bounds,
+    pub audit: audit::Limits,
 }
 
 /// Why the service ended otherwise than by being told to.
@@ -164,6 +170,11 @@ pub async fn run(
     ));
 
     let limits = Arc::new(Limits::new(config.bounds.clone()));
+    let tail = Tail::default();
+    let streams = TaskTracker::new();
+    let stop = CancellationToken::new();
+    // However this function returns, the streams end.
+    let _stop = stop.clone().drop_guard();
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
     let routes = Routes::new(health_service)
@@ -182,9 +193,20 @@ pub async fn run(
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
             .send_compressed(CompressionEncoding::Gzip),
+        )
+        .add_service(
+            v1::audit_service_server::AuditServiceServer::new(AuditService::new(
+                Arc::clone(&checker.store),
+                tail.clone(),
+                config.audit,
+                streams.clone(),
+                stop.clone(),
+            ))
+            .accept_compressed(CompressionEncoding::Gzip)
+            .send_compressed(CompressionEncoding::Gzip),
         );
 
-    // Both are aborted when this function returns.
+    // All are aborted when this function returns.
     let mut background = JoinSet::new();
     background.spawn(loader_task);
     background.spawn(self_check.run(
@@ -192,13 +214,13 @@ pub async fn run(
         Arc::clone(&checker.cache),
         Arc::clone(&checker.progress),
     ));
+    background.spawn(tail.run(Arc::clone(&checker.store), Arc::clone(&checker.progress)));
     if let Some(tokens) = config.authenticator.tokens() {
         background.spawn(tokens.clone().follow());
     }
     if let Some(tls) = &config.tls {
         background.spawn(Arc::clone(tls).follow());
     }
-    let stop = CancellationToken::new();
     let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
         routes,
         Arc::clone(&config.authenticator),
@@ -232,6 +254,8 @@ pub async fn run(
 
     report(&health, ServingStatus::NotServing).await;
     drain(&config, health, &stop, server).await?;
+    streams.close();
+    streams.wait().await;
     background.shutdown().await;
     Ok(())
 }

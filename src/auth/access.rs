@@ -13,7 +13,7 @@ pub enum Need {
 }
 
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [(&str, Need); 9] = [
+pub const ACCESS: [(&str, Need); 11] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
@@ -37,6 +37,14 @@ pub const ACCESS: [(&str, Need); 9] = [
     (
         "/hallpass.v1.PermissionService/GetOrganizationSummary",
         Need::Scope(Scope::List),
+    ),
+    (
+        "/hallpass.v1.AuditService/StreamAuditEntries",
+        Need::Scope(Scope::Audit),
+    ),
+    (
+        "/hallpass.v1.AuditService/ListAuditEntries",
+        Need::Scope(Scope::Audit),
     ),
     ("/grpc.health.v1.Health/Check", Need::Nothing),
     ("/grpc.health.v1.Health/Watch", Need::Nothing),

@@ -238,6 +238,16 @@ impl Caller {
     }
 
     /// # Errors
+    /// When it may not read an organization's audit entries; `None`: those of whatever organizations are its own.
+    pub fn may_audit(&self, organization: Option<OrganizationId>) -> Result<(), Forbidden> {
+        match organization {
+            Some(organization) => self.may_ask_about_all_of(organization),
+            None if self.only_user.is_some() => Err(Forbidden::User),
+            None => Ok(()),
+        }
+    }
+
+    /// # Errors
     /// When it may not ask about an organization as a whole.
     pub fn may_ask_about_all_of(&self, organization: OrganizationId) -> Result<(), Forbidden> {
         if self.only_user.is_some() {

@@ -7,7 +7,7 @@ use hallpass_client::{
     ClientIdentity, ClientTls, Credential,
     tonic::{Status, service::interceptor::InterceptedService, transport::Channel},
     v1::{
-        ListUserPermissionsRequest, UserPermission,
+        ListUserPermissionsRequest, UserPermission, audit_service_client::AuditServiceClient,
         permission_service_client::PermissionServiceClient,
     },
 };
@@ -100,6 +100,21 @@ fn table(permissions: &[UserPermission]) -> Vec<String> {
 pub(super) async fn connect(
     settings: &ClientSettings,
 ) -> anyhow::Result<PermissionServiceClient<InterceptedService<Channel, Credential>>> {
+    let (channel, credential) = open(settings).await?;
+    Ok(PermissionServiceClient::with_interceptor(
+        channel, credential,
+    ))
+}
+
+/// As [`connect`], for the audit log.
+pub(super) async fn audit_client(
+    settings: &ClientSettings,
+) -> anyhow::Result<AuditServiceClient<InterceptedService<Channel, Credential>>> {
+    let (channel, credential) = open(settings).await?;
+    Ok(AuditServiceClient::with_interceptor(channel, credential))
+}
+
+async fn open(settings: &ClientSettings) -> anyhow::Result<(Channel, Credential)> {
     let credential = match &settings.token {
         None => Credential::default(),
         // The cause would not say more, and might show the token.
@@ -112,10 +127,7 @@ pub(super) async fn connect(
             settings.endpoint
         );
     }
-    Ok(PermissionServiceClient::with_interceptor(
-        channel(settings).await?,
-        credential,
-    ))
+    Ok((channel(settings).await?, credential))
 }
 
 /// Whether others on the network read what is sent there.

@@ -1,5 +1,6 @@
 //! The command line: one file a command, one enum that names them.
 
+mod audit;
 mod authenticator;
 mod check;
 mod database;
@@ -38,6 +39,7 @@ enum Command {
     Postgres(postgres::Postgres),
     Check(check::Check),
     List(list::List),
+    Audit(audit::Audit),
     Keys(keys::Keys),
 }
 
@@ -56,6 +58,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
             Command::Postgres(command) => command.run().await,
             Command::Check(command) => command.run().await,
             Command::List(command) => command.run().await,
+            Command::Audit(command) => command.run().await,
             Command::Keys(command) => command.run().await,
         }
     })

@@ -16,11 +16,13 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::{authenticator::authenticator, database::Database, interrupted};
 use crate::{
+    audit,
     auth::Authenticator,
     config::{
         ConnectionSettings, DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress,
         MAINTENANCE_INTERVAL, Secret, ServeSettings, TLS_RELOAD_INTERVAL, TlsSettings,
     },
+    limits::Bounds,
     selfcheck::SAMPLE_EVERY,
     server::{
         self, Config, Connections, Listener, Tls, TlsFiles,
@@ -104,6 +106,7 @@ pub(super) async fn serve(
     interrupted: impl Future<Output = ()>,
 ) -> anyhow::Result<ExitCode> {
     say_who_can_listen(&settings.grpc_listen, entrance.tls.as_ref());
+    let bounds = Bounds::from(&settings.limits);
     let config = Config {
         database: database.url.clone(),
         feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
@@ -121,7 +124,11 @@ pub(super) async fn serve(
         self_check_every: SAMPLE_EVERY,
         lame_duck: settings.lame_duck,
         drain_max: DRAIN_MAX,
-        bounds: (&settings.limits).into(),
+        audit: audit::Limits {
+            age_max: bounds.stream_age_max,
+            ..audit::Limits::default()
+        },
+        bounds,
     };
     let served = tokio::select! {
         served = server::run(config, entrance.listener, on_ready, interrupted) => served.map_err(Into::into),

@@ -1,6 +1,8 @@
 //! Requests parsed: ids, keys, freshness, pages. [`Fields`] collects what is wrong, so that a caller hears of every wrong
 //! field at once, and holds each id against what the caller may ask about: an id is not to be had in any other way.
 
+mod audit;
+
 use std::{sync::Arc, time::Duration};
 
 use tonic::{Request, Status};
@@ -14,6 +16,8 @@ use crate::{
     model::{OrganizationId, Position, Subject, UserId},
     store::lists::PageBounds,
 };
+
+pub(super) use audit::{AuditQuery, AuditStart};
 
 /// Bytes of a permission key or module name.
 const KEY_BYTES_MAX: usize = 255;
@@ -103,6 +107,17 @@ impl<'a> Fields<'a> {
         self.allow(user, self.caller.may_ask_about_user(user))
     }
 
+    fn page_size(&mut self, size: i32) -> u16 {
+        if size < 0 {
+            self.violation("page_size", format!("must be 0 or more, not {size}"));
+        }
+        match u16::try_from(size) {
+            Ok(0) => PAGE_SIZE_DEFAULT,
+            Ok(size) => size.min(PAGE_SIZE_MAX),
+            Err(_) => PAGE_SIZE_MAX,
+        }
+    }
+
     /// Only the hyphenated form: it is what PostgreSQL prints, and one id must not have two spellings in a log.
     fn id(&mut self, field: std::fmt::Arguments<'_>, value: &str) -> Option<Uuid> {
         const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
@@ -183,14 +198,7 @@ impl<'a> Fields<'a> {
         token: &str,
         query: Option<&PagedQuery<'_>>,
     ) -> PageBounds {
-        if size < 0 {
-            self.violation("page_size", format!("must be 0 or more, not {size}"));
-        }
-        let size = match u16::try_from(size) {
-            Ok(0) => PAGE_SIZE_DEFAULT,
-            Ok(size) => size.min(PAGE_SIZE_MAX),
-            Err(_) => PAGE_SIZE_MAX,
-        };
+        let size = self.page_size(size);
         let first = match token_parts(token) {
             _ if token.is_empty() => Uuid::nil(),
             None => {

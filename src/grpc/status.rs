@@ -7,11 +7,13 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt, pb};
 
 use crate::{
+    audit::stream::StreamEnd,
     auth::{AuthError, Forbidden},
     check::CheckError,
     limits::{Limit, Refusal},
     loader::LoadError,
-    model::{OrganizationId, Position},
+    model::{Cursor, OrganizationId, Position},
+    store::StoreError,
 };
 
 const DOMAIN: &str = "hallpass";
@@ -155,6 +157,41 @@ fn unknown_position(position: Position) -> Status {
     let mut details = ErrorDetails::with_bad_request_violation(field, description);
     details.set_error_info("POSITION_UNKNOWN", DOMAIN, HashMap::new());
     Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
+/// A stream of audit entries ends; `cursor` is where to go on.
+pub(super) fn stream_end(end: &StreamEnd, cursor: Cursor) -> Status {
+    let (code, reason) = match end {
+        StreamEnd::Slow(_) => (Code::ResourceExhausted, "SLOW_CONSUMER"),
+        StreamEnd::HistoryLost => (Code::DataLoss, "CURSOR_UNKNOWN"),
+        StreamEnd::DatabaseAway => (Code::Unavailable, "DATABASE_UNAVAILABLE"),
+        StreamEnd::Over => (Code::Unavailable, "STREAM_ENDED"),
+    };
+    let cursor = HashMap::from([("cursor".to_owned(), cursor.to_string())]);
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, cursor);
+    if code != Code::DataLoss {
+        details.set_retry_info(Some(RETRY_UNAVAILABLE));
+    }
+    Status::with_error_details(code, end.to_string(), details)
+}
+
+/// A stream of audit entries whose task has ended without a word: a defect.
+pub(super) fn stream_lost() -> Status {
+    Status::internal("the stream was lost: go on from the last cursor")
+}
+
+/// There are as many streams as there may be.
+pub(super) fn too_many_streams() -> Status {
+    let mut details = ErrorDetails::with_retry_info(Some(RETRY_UNAVAILABLE));
+    details.set_error_info("TOO_MANY_STREAMS", DOMAIN, HashMap::new());
+    Status::with_error_details(Code::ResourceExhausted, "too many audit streams", details)
+}
+
+impl From<StoreError> for Status {
+    fn from(error: StoreError) -> Self {
+        let error = LoadError::from(error);
+        not_loaded(&error)
+    }
 }
 
 /// A status as a message, for an item of a batch.

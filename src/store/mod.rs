@@ -5,6 +5,7 @@
 
 mod adoption;
 pub mod api_keys;
+pub mod audit;
 pub mod demo;
 pub mod lists;
 pub mod load;
@@ -167,11 +168,13 @@ impl FromStr for DatabaseUrl {
 
 impl DatabaseUrl {
     /// The same database with a limit on how long any statement may run, `None` for none; and READ COMMITTED, in
-    /// which a statement's snapshot is younger than the locks taken before it.
+    /// which a statement's snapshot is younger than the locks taken before it. What has a limit is short, and compiling
+    /// it would take longer than running it.
     fn with_statement_timeout(mut self, timeout: Option<Duration>) -> Self {
         let millis = timeout.map_or(0, |timeout| timeout.as_millis());
+        let jit = if timeout.is_some() { "-c jit=off" } else { "" };
         let options = format!(
-            "{} -c statement_timeout={millis} -c default_transaction_isolation=read\\ committed",
+            "{} -c statement_timeout={millis} -c default_transaction_isolation=read\\ committed {jit}",
             self.config.get_options().unwrap_or_default()
         );
         self.config.options(options.trim_start());
@@ -230,6 +233,9 @@ const ASIDE_CONNECTIONS_MAX: usize = 3;
 /// Connections that answer what people ask for: explained checks, lists and counts. Few, and none of them a miss's.
 pub const READ_CONNECTIONS_MAX: usize = 4;
 
+/// Connections that read the past of the audit log: streams that catch up take turns with them, page by page.
+pub const AUDIT_CONNECTIONS_MAX: usize = 2;
+
 /// How long the database may work on one load.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -240,6 +246,9 @@ const PING_WAIT_MAX: Duration = Duration::from_secs(1);
 pub struct Store {
     misses: Connections,
     pub reads: Connections,
+    pub audits: Connections,
+    /// One, for what is new in the audit log: the past must not keep it waiting.
+    pub audit_tail: Connections,
     /// The catalog that was decoded last, shared by all entries while it does not change.
     catalog: ArcSwap<crate::model::Catalog>,
 }
@@ -254,6 +263,8 @@ impl Store {
         Ok(Self {
             misses: Connections::new(&url, MISS_CONNECTIONS_MAX + ASIDE_CONNECTIONS_MAX)?,
             reads: Connections::new(&url, READ_CONNECTIONS_MAX)?,
+            audits: Connections::new(&url, AUDIT_CONNECTIONS_MAX)?,
+            audit_tail: Connections::new(&url, 1)?,
             catalog: ArcSwap::default(),
         })
     }

@@ -1,7 +1,7 @@
 //! Each index and the SQL that it is there for, at 100,000 members: the real functions and statements are run, and
 //! PostgreSQL's own counters say which indexes they read.
 
-use hallpass::store::log::READ_PAGE;
+use hallpass::store::{audit::forward::BEFORE_TIME, log::READ_PAGE};
 use tokio_postgres::Client;
 
 use crate::{
@@ -101,13 +101,13 @@ const CONSUMERS: &[Consumer] = &[
 ];
 
 /// The tables that are small whatever the number of members: the ladder, the catalog, hallpass's own rows.
-const LARGE_TABLES_SCANNED: &str = "
+pub(crate) const LARGE_TABLES_SCANNED: &str = "
 SELECT c.oid::regclass FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
 WHERE nspname IN ('public', 'hallpass') AND relkind IN ('r', 'm') AND reltuples > 1000
   AND pg_stat_get_xact_numscans(c.oid) > 0 ORDER BY 1";
 
 /// Of a partitioned table's index, its partitions' count.
-const INDEXES_READ: &str = "
+pub(crate) const INDEXES_READ: &str = "
 SELECT DISTINCT coalesce(inhparent, c.oid)::regclass::text
 FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace LEFT JOIN pg_inherits ON inhrelid = c.oid
 WHERE nspname IN ('public', 'hallpass') AND relkind = 'i' AND pg_stat_get_xact_numscans(c.oid) > 0 ORDER BY 1";
@@ -157,9 +157,16 @@ async fn every_index_has_a_consumer_that_uses_it() {
         &client,
         "a page",
         page,
-        &["log_pkey", "log_org_pkey", "permission_audit_log_entry"],
+        &["log_pkey", "log_org_pkey", "permission_audit_log_time"],
     )
     .await;
+
+    // Where a stream that begins at a time begins. The lists of the audit log are in `audit_list`.
+    let since = async || {
+        let now = std::time::SystemTime::now();
+        client.query(BEFORE_TIME, &[&now]).await.unwrap();
+    };
+    expect(&client, "since", since, &["log_committed_at", "log_pkey"]).await;
 
     // No other index is made, but for the keys of small tables.
     let mut used: Vec<&str> = CONSUMERS
@@ -168,7 +175,13 @@ async fn every_index_has_a_consumer_that_uses_it() {
         .copied()
         .collect();
     used.extend([
-        "permission_audit_log_entry",
+        "permission_audit_log_time",
+        "permission_audit_log_organization",
+        "permission_audit_log_affected_user",
+        "permission_audit_log_actor",
+        "permission_audit_log_permission",
+        "log_entry",
+        "log_committed_at",
         "organization_permission_templates_permission_key_key",
     ]);
     let without_consumer = lines(&client, SECONDARY_INDEXES)

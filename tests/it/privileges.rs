@@ -42,6 +42,8 @@ pub(crate) const GRANTED: &[&str] = &[
     "table hallpass.log | hallpass_service | SELECT",
     "table hallpass.log_org | hallpass_auditor | SELECT",
     "table hallpass.log_org | hallpass_service | SELECT",
+    "table hallpass.log_removed | hallpass_auditor | SELECT",
+    "table hallpass.log_removed | hallpass_service | SELECT",
     "table hallpass.matrix_stamp | hallpass_service | SELECT",
     "table hallpass.schema_migrations | hallpass_auditor | SELECT",
     "table hallpass.schema_migrations | hallpass_service | SELECT",

@@ -9,6 +9,7 @@ use std::{
 };
 
 use hallpass::{
+    audit,
     auth::Authenticator,
     config,
     limits::Bounds,
@@ -92,6 +93,7 @@ pub(crate) fn config(url: &str) -> Config {
         self_check_every: SAMPLE_EVERY,
         lame_duck: Duration::ZERO,
         drain_max: config::DRAIN_MAX,
+        audit: audit::Limits::default(),
         bounds: bounds(),
     }
 }

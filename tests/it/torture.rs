@@ -8,6 +8,7 @@
     reason = "its runtimes have threads to spare, and what blocks is a process that starts or ends"
 )]
 
+mod auditors;
 mod book;
 mod faults;
 mod machines;
@@ -86,6 +87,8 @@ struct Run {
     /// Held shared by each write.
     writing: RwLock<()>,
     over: AtomicBool,
+    /// What each replica's follower of the audit log has.
+    auditors: Vec<Mutex<auditors::Taken>>,
 }
 
 impl Run {
@@ -130,6 +133,7 @@ async fn start(directory: &Path) -> Arc<Run> {
         follower: AsyncMutex::new(()),
         writing: RwLock::new(()),
         over: AtomicBool::new(false),
+        auditors: (0..REPLICAS).map(|_| Mutex::default()).collect(),
     })
 }
 
@@ -235,6 +239,7 @@ async fn torture(checks: u64, faults: &[Fault], times: usize, seed: u64) -> Vec<
         tasks.spawn(write(Arc::clone(&run), organization, fork()));
     }
     for replica in 0..REPLICAS {
+        tasks.spawn(auditors::follow(Arc::clone(&run), replica));
         for _ in 0..READERS {
             tasks.spawn(readers::read_batches(Arc::clone(&run), replica, fork()));
             tasks.spawn(readers::read_singly(Arc::clone(&run), replica, fork()));
@@ -261,18 +266,21 @@ async fn torture(checks: u64, faults: &[Fault], times: usize, seed: u64) -> Vec<
         sleep(Duration::from_millis(100)).await;
     }
     // What is written is what was said of it.
-    {
+    let (audited, wrong) = {
         let _paused = run.pause_writers().await;
         let found = read_world(&connect(&run.url).await, Shape::A, &run.questions.names).await;
         run.book().assert_world(&found);
-    }
+        auditors::compare(&run).await
+    };
     run.over.store(true, Ordering::Relaxed);
     while let Some(ended) = tasks.join_next().await {
         ended.unwrap();
     }
     let book = run.book();
-    println!("{}", book.report);
-    book.report.complaints()
+    println!("{}\n{audited}", book.report);
+    let mut complaints = book.report.complaints();
+    complaints.extend(wrong);
+    complaints
 }
 
 fn variable(name: &str) -> Option<u64> {
@@ -289,6 +297,18 @@ fn variable(name: &str) -> Option<u64> {
 async fn answers_are_right_through_a_few_faults() {
     let faults = [Fault::ReplicaKilled, Fault::Swallowed, Fault::CommitsLost];
     let complaints = torture(1_000, &faults, 1, 1).await;
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+}
+
+/// `TIMES`: how often a replica, and how often the database, is killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes as long as it is told to: make audit-kills"]
+async fn audit_streams_lose_nothing_through_kills() {
+    let times = usize::try_from(variable("TIMES").unwrap_or(25)).unwrap();
+    let seed = variable("SEED").unwrap_or_else(|| rand::rng().random_range(1..1_000_000));
+    println!("seed {seed}: {} times kill -9", 2 * times);
+    let kills = [Fault::ReplicaKilled, Fault::PostgresKilled];
+    let complaints = torture(1, &kills, times, seed).await;
     assert!(complaints.is_empty(), "{}", complaints.join("\n"));
 }
 

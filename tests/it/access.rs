@@ -59,6 +59,10 @@ fn the_table_is_this() {
         ("Credential", vec!["ServerReflectionInfo"]),
         ("Nothing", vec!["Check", "Watch"]),
         (
+            "Scope(Audit)",
+            vec!["StreamAuditEntries", "ListAuditEntries"],
+        ),
+        (
             "Scope(Check)",
             vec!["CheckPermission", "BatchCheckPermissions"],
         ),

@@ -190,14 +190,18 @@ impl Consumer {
 
     /// Takes events until the stream ends; says how, and its cursor.
     pub(crate) async fn until_it_ends(&mut self) -> (Code, String, String) {
-        loop {
-            if let Err(status) = self.next().await {
-                let details = status.get_error_details();
-                let info = details.error_info().cloned().unwrap();
-                let cursor = info.metadata.get("cursor").cloned();
-                return (status.code(), info.reason, cursor.unwrap_or_default());
+        let ended = async {
+            loop {
+                if let Err(status) = self.next().await {
+                    return status;
+                }
             }
-        }
+        };
+        let status = within("the stream ends", 3 * PATIENCE, ended).await;
+        let details = status.get_error_details();
+        let info = details.error_info().cloned().unwrap();
+        let cursor = info.metadata.get("cursor").cloned();
+        (status.code(), info.reason, cursor.unwrap_or_default())
     }
 
     pub(crate) fn lines(&self) -> Vec<String> {

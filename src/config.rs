@@ -1,8 +1,10 @@
 //! Every setting of the service, its default and why; parsed whole before anything is started.
 
 mod auth;
+mod connections;
 mod identity;
 mod limits;
+mod tls;
 
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
@@ -10,8 +12,10 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 
 pub use self::{
     auth::{AuthMethod, AuthSettings, PepperSettings},
+    connections::ConnectionSettings,
     identity::IdentitySettings,
     limits::LimitSettings,
+    tls::{TLS_RELOAD_INTERVAL, TlsSettings},
 };
 
 /// Where clients look first, and nobody else can reach.
@@ -92,6 +96,12 @@ pub struct ServeSettings {
     pub lame_duck: Duration,
 
     #[command(flatten)]
+    pub tls: TlsSettings,
+
+    #[command(flatten)]
+    pub connections: ConnectionSettings,
+
+    #[command(flatten)]
     pub limits: LimitSettings,
 }
 
@@ -106,6 +116,12 @@ impl ServeSettings {
                 "--staleness-ceiling ({:?}) must not be less than --staleness-bound ({:?})",
                 self.staleness_ceiling, self.staleness_bound
             ));
+        }
+        if self.auth.accepts(AuthMethod::Mtls) && self.tls.tls_client_ca.is_none() {
+            return Err(
+                "--auth mtls needs --tls-client-ca, which says whose certificates are good"
+                    .to_owned(),
+            );
         }
         self.auth.check(&self.grpc_listen)
     }
@@ -142,13 +158,26 @@ impl fmt::Debug for Secret {
 /// Which service a client command asks.
 #[derive(Args, Clone, Debug)]
 pub struct ClientSettings {
-    /// The service: http://HOST:PORT or unix:PATH
+    /// The service: http://HOST:PORT, https://HOST:PORT or unix:PATH
     #[arg(long, env = "HALLPASS_ENDPOINT", default_value_t = format!("http://{DEFAULT_GRPC_LISTEN}"), value_parser = NonEmptyStringValueParser::new())]
     pub endpoint: String,
 
     /// What to identify with: an API key, say. Better in the environment, for others may read the command line
     #[arg(long, env = "HALLPASS_TOKEN", hide_env_values = true)]
     pub token: Option<Secret>,
+
+    /// With https, the authorities that the service's certificate may come from: a PEM file; by default those that this
+    /// machine trusts
+    #[arg(long, env = "HALLPASS_CA_FILE")]
+    pub ca_file: Option<PathBuf>,
+
+    /// With https, a certificate to show to the service, and those that lead to its authority: a PEM file
+    #[arg(long, env = "HALLPASS_CLIENT_CERTIFICATE", requires = "client_key")]
+    pub client_certificate: Option<PathBuf>,
+
+    /// The client certificate's private key: a PEM file
+    #[arg(long, env = "HALLPASS_CLIENT_KEY", requires = "client_certificate")]
+    pub client_key: Option<PathBuf>,
 }
 
 /// Where a service listens.

@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-pub use self::shares::Share;
+pub use self::{forwarded::network, shares::Share};
 use self::{rate::Rate, shares::Shares, tally::Tally};
 use crate::auth::{
     Caller, Identity, Scope,
@@ -30,6 +30,9 @@ use crate::auth::{
 /// Items of a batch that cost as much as a call: an item is about 1 µs of work, a call about 8. What items cost the
 /// database is bounded where it is asked.
 const BATCH_ITEMS_A_CALL: u32 = 10;
+
+/// A check that the database must answer costs the two together about as much as so many that are cached.
+const DATABASE_CHECK_CALLS: u32 = 10;
 
 /// Streams, by nature as long as they are wanted.
 const STREAMS: [&str; 2] = [
@@ -278,6 +281,28 @@ impl Limits {
             Class::Check => self.take_of_caller(Limit::Checks, &self.checks, caller, 1),
             Class::List => self.take_of_caller(Limit::Lists, &self.lists, caller, 1),
         }
+    }
+
+    /// Counts a check that the database must answer, whatever is cached, beyond what the call itself cost.
+    ///
+    /// # Errors
+    /// When the caller has had its share.
+    pub fn database_check(&self, caller: &Caller) -> Result<(), Refusal> {
+        self.take_of_caller(
+            Limit::Checks,
+            &self.checks,
+            caller,
+            DATABASE_CHECK_CALLS - 1,
+        )
+    }
+
+    /// Counts the items of a batch that the database must answer, each as a call: together they cost it less than alone.
+    ///
+    /// # Errors
+    /// When the caller has had its share.
+    pub fn database_items(&self, caller: &Caller, items: usize) -> Result<(), Refusal> {
+        let cells = u32::try_from(items).unwrap_or(u32::MAX);
+        self.take_of_caller(Limit::Checks, &self.checks, caller, cells)
     }
 
     /// Counts the items of a batch, beyond what the call itself cost.

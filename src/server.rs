@@ -2,7 +2,12 @@
 //!
 //! Invariant: health says SERVING only once the schema was found current, while the log is believed and answers can be given.
 
+pub mod accept;
+pub mod connections;
+pub mod io;
 mod readiness;
+pub mod slots;
+pub mod tls;
 
 use std::{
     future::Future,
@@ -13,12 +18,10 @@ use std::{
 
 use thiserror::Error;
 use tokio::{
-    net::{TcpListener, UnixListener},
     sync::watch,
     task::{JoinError, JoinSet},
     time::{sleep, timeout},
 };
-use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::{
     sync::CancellationToken,
     task::{AbortOnDropHandle, TaskTracker},
@@ -26,14 +29,24 @@ use tokio_util::{
 use tonic::{
     codec::CompressionEncoding,
     service::Routes,
-    transport::{Server, server::TcpIncoming},
+    transport::{Server, server::Connected},
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use self::readiness::{Readiness, prepare, wait_until_ready, warm_up, watch_health};
+use self::{
+    accept::Acceptor,
+    io::Io,
+    readiness::{Readiness, prepare, wait_until_ready, warm_up, watch_health},
+    slots::Slots,
+};
+pub use self::{
+    accept::Listener,
+    connections::Connections,
+    tls::{Tls, TlsFiles},
+};
 use crate::{
     audit::{self, tail::Tail},
-    auth::Authenticator,
+    auth::{Authenticator, Peer},
     cache::Cache,
     check::Checker,
     feed::{self, Progress},
@@ -61,6 +74,9 @@ pub struct Config {
     /// The most that a caller may ask for as `max_staleness`; not less than `staleness_bound`.
     pub staleness_ceiling: Duration,
     pub authenticator: Arc<Authenticator>,
+    /// `None`: TCP is served in plain text.
+    pub tls: Option<Arc<Tls>>,
+    pub connections: Connections,
     pub cache_capacity: u64,
     pub warm_up_max: Duration,
     pub matrix_refresh_interval: Duration,
@@ -74,12 +90,6 @@ pub struct Config {
     pub drain_max: Duration,
     pub bounds: Bounds,
     pub audit: audit::Limits,
-}
-
-/// A bound socket.
-pub enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener),
 }
 
 /// Why the service ended otherwise than by being told to.
@@ -105,12 +115,26 @@ pub enum ServeError {
 /// The name under which health is asked for.
 const SERVICE: &str = v1::permission_service_server::SERVICE_NAME;
 
-/// A connection whose peer does not answer a ping is closed; so half-open ones do not pile up.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// Calls at once on one connection: as many as a busy client's pool has in flight, few enough to bound their buffers.
 const STREAMS_A_CONNECTION_MAX: u32 = 1_000;
+
+/// A token of 8 kB with room for what else a call carries. Past it a call is refused, past four times it the connection
+/// ends; so it does after 5 CONTINUATION frames, a number that h2 derives from this one.
+const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
+
+/// What a connection may have sent and the service not have read: a request of 10,000 items comes in two round trips.
+const WINDOW_BYTES: u32 = 1 << 20;
+
+/// The least that HTTP/2 allows. Greater frames would make short calls wait behind long ones.
+const FRAME_BYTES_MAX: u32 = 16 << 10;
+
+/// Calls that are taken back before they are looked at, on one connection at once (rapid reset). A client that gives up
+/// a whole burst of calls at a time comes nowhere near, for they are looked at as they come.
+const UNSEEN_RESETS_MAX: usize = 20;
+
+/// Calls of one connection in its life that break the protocol and are reset for it. An honest client has none. Unless
+/// tonic is told a number it lifts hyper's bound (RUSTSEC-2024-0003).
+const ERROR_RESETS_MAX: usize = 1_000;
 
 /// A request of 10,000 items is about 1.2 MB.
 const REQUEST_BYTES_MAX: usize = 4 << 20;
@@ -194,11 +218,20 @@ pub async fn run(
     if let Some(tokens) = config.authenticator.tokens() {
         background.spawn(tokens.clone().follow());
     }
+    if let Some(tls) = &config.tls {
+        background.spawn(Arc::clone(tls).follow());
+    }
     let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
         routes,
         Arc::clone(&config.authenticator),
         limits,
-        listener,
+        Acceptor::new(
+            listener,
+            config.tls.clone(),
+            config.connections.clone(),
+            Slots::new(&config.connections),
+        ),
+        config.connections.clone(),
         stop.clone().cancelled_owned(),
     )));
     let watched = async {
@@ -256,31 +289,43 @@ async fn serve(
     routes: Routes,
     authenticator: Arc<Authenticator>,
     limits: Arc<Limits>,
-    listener: Listener,
+    acceptor: Acceptor,
+    connections: Connections,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let router = Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+    let mut server = Server::builder()
+        .http2_keepalive_interval(Some(connections.keepalive_interval))
+        .http2_keepalive_timeout(Some(connections.keepalive_timeout))
         .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
+        .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX)
+        .http2_max_pending_accept_reset_streams(Some(UNSEEN_RESETS_MAX))
+        .http2_max_local_error_reset_streams(Some(ERROR_RESETS_MAX));
+    if let Some(age_max) = connections.age_max {
+        // Not tonic's grace: with one it says no goodbye, and only cuts off. The end is [`Io`]'s.
+        server = server.max_connection_age(age_max);
+    }
+    server
         // What a call comes through, from outside: a place among those in flight and its address's share, a time by
         // which it ends, who calls and whether that fits, and the caller's share.
         .layer(DoorLayer(Arc::clone(&limits)))
         .layer(DeadlineLayer(Arc::clone(&limits)))
         .layer(GateLayer(authenticator, Arc::clone(&limits)))
         .layer(CallerLayer(limits))
-        .add_routes(routes);
-    match listener {
-        Listener::Tcp(listener) => {
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-            router.serve_with_incoming_shutdown(incoming, stop).await?;
-        }
-        Listener::Unix(listener) => {
-            let incoming = UnixListenerStream::new(listener);
-            router.serve_with_incoming_shutdown(incoming, stop).await?;
-        }
-    }
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(acceptor.incoming(), stop)
+        .await?;
     Ok(())
+}
+
+impl Connected for Io {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer().clone()
+    }
 }
 
 async fn report(health: &HealthReporter, status: ServingStatus) {

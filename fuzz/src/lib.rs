@@ -16,6 +16,7 @@ use hallpass::{
         permission_service::PermissionService,
         v1::permission_service_server::PermissionServiceServer,
     },
+    limits::{Bounds, Limits},
     loader::Loader,
     selfcheck,
     store::Store,
@@ -65,8 +66,20 @@ fn start() -> (Runtime, Gate<PermissionServiceServer<PermissionService>>) {
     let (sampler, _) = selfcheck::sampler(selfcheck::SAMPLE_EVERY);
     let staleness_bound = Duration::from_secs(2);
     let checker = Checker::new(cache, progress, loader, store, staleness_bound, sampler);
-    let service = PermissionService::new(Arc::new(checker), Duration::from_secs(300));
-    let gate = GateLayer(Arc::new(Authenticator::open()));
+    let limits = Arc::new(Limits::new(Bounds {
+        requests_in_flight_max: 0,
+        caller_in_flight_max: 0,
+        address_rate_max: 0,
+        credential_rate_max: 0,
+        caller_rate_max: 0,
+        caller_list_rate_max: 0,
+        trusted_proxies: Vec::new(),
+        request_deadline_max: None,
+        stream_age_max: None,
+    }));
+    let ceiling = Duration::from_secs(300);
+    let service = PermissionService::new(Arc::new(checker), ceiling, Arc::clone(&limits));
+    let gate = GateLayer(Arc::new(Authenticator::open()), limits);
     (runtime, gate.layer(PermissionServiceServer::new(service)))
 }
 

@@ -6,13 +6,14 @@ use anyhow::{Context, Error};
 use uuid::Uuid;
 
 use super::{
-    authenticator::authenticator,
     database::Database,
     interrupted,
-    serve::{bind, serve},
+    serve::{Entrance, serve},
 };
 use crate::{
-    config::{DEFAULT_DATA_DIR, DatabaseSettings, ListenAddress, ServeSettings},
+    config::{
+        DEFAULT_DATA_DIR, DEFAULT_GRPC_LISTEN, DatabaseSettings, ListenAddress, ServeSettings,
+    },
     server::Listener,
     store::{
         DedicatedConnection,
@@ -41,8 +42,7 @@ impl Demo {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
-        let authenticator = authenticator(&self.settings)?;
-        let listener = bind(&self.settings.grpc_listen).await?;
+        let entrance = Entrance::open(&self.settings).await?;
         let private = DatabaseSettings {
             database_url: None,
             data_dir: self.data_dir,
@@ -57,17 +57,21 @@ impl Demo {
             () = &mut interrupted => return Ok(ExitCode::SUCCESS),
         };
         // Port 0 was to be chosen by the system: the commands name the one that it chose.
-        let address = match &listener {
+        let address = match &entrance.listener {
             Listener::Tcp(listener) => ListenAddress::Tcp(listener.local_addr()?),
             Listener::Unix(_) => self.settings.grpc_listen.clone(),
         };
-        let guide = guide(&address, &database, &sample);
+        let endpoint = match &address {
+            ListenAddress::Tcp(address) if entrance.tls.is_some() => format!("https://{address}"),
+            ListenAddress::Tcp(address) => format!("http://{address}"),
+            ListenAddress::Unix(path) => format!("unix:{}", path.display()),
+        };
+        let guide = guide(&endpoint, &database, &sample);
         serve(
             database,
             None,
             &self.settings,
-            authenticator,
-            listener,
+            entrance,
             move || println!("{guide}"),
             interrupted,
         )
@@ -130,14 +134,10 @@ async fn load(database: &Database) -> anyhow::Result<Sample> {
     Ok(sample)
 }
 
-fn guide(listen: &ListenAddress, database: &Database, sample: &Sample) -> String {
+fn guide(endpoint: &str, database: &Database, sample: &Sample) -> String {
     let program = std::env::args()
         .next()
         .unwrap_or_else(|| "hallpass".to_owned());
-    let endpoint = match listen {
-        ListenAddress::Tcp(address) => format!("http://{address}"),
-        ListenAddress::Unix(path) => format!("unix:{}", path.display()),
-    };
     let psql = database
         .private
         .as_ref()
@@ -149,7 +149,7 @@ fn guide(listen: &ListenAddress, database: &Database, sample: &Sample) -> String
         board_member,
         volunteer,
     } = sample;
-    let ask = if *listen == ListenAddress::Tcp(([127, 0, 0, 1], 50051).into()) {
+    let ask = if endpoint == format!("http://{DEFAULT_GRPC_LISTEN}") {
         format!("{program} check")
     } else {
         format!("{program} check --endpoint {endpoint}")

@@ -1,10 +1,10 @@
 //! `hallpass list`: asks a running service for every permission of a user.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 use anyhow::{Context, anyhow};
 use hallpass_client::{
-    Credential,
+    ClientIdentity, ClientTls, Credential,
     tonic::{Status, service::interceptor::InterceptedService, transport::Channel},
     v1::{
         ListUserPermissionsRequest, UserPermission, audit_service_client::AuditServiceClient,
@@ -16,7 +16,7 @@ use super::{
     answer,
     check::{describe, reason_name},
 };
-use crate::config::ClientSettings;
+use crate::config::{ClientSettings, ListenAddress};
 
 /// List what a user may do in an organization
 #[derive(Debug, clap::Args)]
@@ -121,15 +121,52 @@ async fn open(settings: &ClientSettings) -> anyhow::Result<(Channel, Credential)
         Some(token) => Credential::bearer(&token.0)
             .map_err(|_| anyhow!("--token: has characters that no credential has"))?,
     };
-    let channel = hallpass_client::connect(&settings.endpoint)
-        .await
-        .with_context(|| {
-            format!(
-                "nobody answers at {}: is `hallpass serve` running there?",
-                settings.endpoint
-            )
-        })?;
-    Ok((channel, credential))
+    if settings.token.is_some() && is_read_on_the_way(&settings.endpoint) {
+        tracing::warn!(
+            "--token goes to {} unencrypted: use https://",
+            settings.endpoint
+        );
+    }
+    Ok((channel(settings).await?, credential))
+}
+
+/// Whether others on the network read what is sent there.
+fn is_read_on_the_way(endpoint: &str) -> bool {
+    let Some(address) = endpoint.strip_prefix("http://") else {
+        return false;
+    };
+    !address
+        .parse::<ListenAddress>()
+        .is_ok_and(|address| address.is_local())
+}
+
+async fn channel(client: &ClientSettings) -> anyhow::Result<Channel> {
+    let endpoint = &client.endpoint;
+    let identity = match (&client.client_certificate, &client.client_key) {
+        (Some(certificate), Some(key)) => Some(ClientIdentity {
+            certificate: read("--client-certificate", certificate)?,
+            key: read("--client-key", key)?,
+        }),
+        _ => None,
+    };
+    let ca_file = client.ca_file.as_deref();
+    let ca = ca_file.map(|file| read("--ca-file", file)).transpose()?;
+    if ca.is_none() && identity.is_none() {
+        return hallpass_client::connect(endpoint).await.with_context(|| {
+            format!("nobody answers at {endpoint}: is `hallpass serve` running there?")
+        });
+    }
+    let tls = ClientTls {
+        ca,
+        identity,
+        server_name: None,
+    };
+    let connected = hallpass_client::connect_tls(endpoint, tls).await;
+    connected.with_context(|| format!("no TLS connection to {endpoint}"))
+}
+
+fn read(flag: &str, file: &Path) -> anyhow::Result<Vec<u8>> {
+    std::fs::read(file).with_context(|| format!("{flag}: cannot read {}", file.display()))
 }
 
 /// A status on one line, its code as the protocol spells it.

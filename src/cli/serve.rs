@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Error, anyhow};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 
 use super::{authenticator::authenticator, database::Database, interrupted};
@@ -18,14 +19,20 @@ use crate::{
     audit,
     auth::Authenticator,
     config::{
-        DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress, MAINTENANCE_INTERVAL,
-        Secret, ServeSettings,
+        ConnectionSettings, DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress,
+        MAINTENANCE_INTERVAL, Secret, ServeSettings, TLS_RELOAD_INTERVAL, TlsSettings,
     },
     limits::Bounds,
     selfcheck::SAMPLE_EVERY,
-    server::{self, Config, Listener},
+    server::{
+        self, Config, Connections, Listener, Tls, TlsFiles,
+        tls::{HTTP2, TlsError},
+    },
     store::DatabaseUrl,
 };
+
+/// File descriptors for all but connections: some dozens to the database, listeners, and as many again.
+const DESCRIPTORS_BESIDES: usize = 200;
 
 /// Serve permission checks until interrupted
 #[derive(Debug, clap::Args)]
@@ -54,9 +61,7 @@ impl Serve {
         let feed_database = feed_database
             .transpose()
             .map_err(|error: String| anyhow!("--feed-database-url: {error}"))?;
-        let authenticator = authenticator(&self.settings)?;
-        // A port that is taken is the commonest mistake: found before a database is started.
-        let listener = bind(&self.settings.grpc_listen).await?;
+        let entrance = Entrance::open(&self.settings).await?;
         let database = tokio::select! {
             database = Database::open_migrated(&self.database) => database?,
             () = &mut interrupted => return Ok(ExitCode::SUCCESS),
@@ -65,12 +70,28 @@ impl Serve {
             database,
             feed_database,
             &self.settings,
-            authenticator,
-            listener,
+            entrance,
             || (),
             interrupted,
         )
         .await
+    }
+}
+
+/// Where callers come in, and what they are known by: opened before anything is started, for it holds the commonest mistakes.
+pub(super) struct Entrance {
+    authenticator: Authenticator,
+    pub(super) tls: Option<Tls>,
+    pub(super) listener: Listener,
+}
+
+impl Entrance {
+    pub(super) async fn open(settings: &ServeSettings) -> anyhow::Result<Self> {
+        Ok(Self {
+            authenticator: authenticator(settings)?,
+            tls: load_tls(&settings.tls)?,
+            listener: bind(&settings.grpc_listen).await?,
+        })
     }
 }
 
@@ -80,18 +101,20 @@ pub(super) async fn serve(
     database: Database,
     feed_database: Option<DatabaseUrl>,
     settings: &ServeSettings,
-    authenticator: Authenticator,
-    listener: Listener,
+    entrance: Entrance,
     on_ready: impl FnOnce(),
     interrupted: impl Future<Output = ()>,
 ) -> anyhow::Result<ExitCode> {
+    say_who_can_listen(&settings.grpc_listen, entrance.tls.as_ref());
     let bounds = Bounds::from(&settings.limits);
     let config = Config {
         database: database.url.clone(),
         feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
         staleness_bound: settings.staleness_bound,
         staleness_ceiling: settings.staleness_ceiling,
-        authenticator: Arc::new(authenticator),
+        authenticator: Arc::new(entrance.authenticator),
+        tls: entrance.tls.map(Arc::new),
+        connections: connections(&settings.connections)?,
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
         matrix_refresh_interval: settings.matrix_refresh_interval,
@@ -108,7 +131,7 @@ pub(super) async fn serve(
         bounds,
     };
     let served = tokio::select! {
-        served = server::run(config, listener, on_ready, interrupted) => served.map_err(Into::into),
+        served = server::run(config, entrance.listener, on_ready, interrupted) => served.map_err(Into::into),
         lost = database.lost() => Err(lost),
     };
     if let ListenAddress::Unix(path) = &settings.grpc_listen {
@@ -119,7 +142,7 @@ pub(super) async fn serve(
     served.map(|()| ExitCode::SUCCESS)
 }
 
-pub(super) async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
+async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
     match address {
         ListenAddress::Tcp(address) => {
             let listener = TcpListener::bind(address)
@@ -136,6 +159,86 @@ pub(super) async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
             Ok(Listener::Unix(listener))
         }
     }
+}
+
+/// Reads certificates and key, before anything is started.
+fn load_tls(settings: &TlsSettings) -> Result<Option<Tls>, TlsError> {
+    let (Some(certificate), Some(key)) = (&settings.tls_certificate, &settings.tls_key) else {
+        return Ok(None);
+    };
+    let files = TlsFiles {
+        certificate: certificate.clone(),
+        key: key.clone(),
+        client_ca: settings.tls_client_ca.clone(),
+    };
+    Tls::load(files, &[HTTP2], TLS_RELOAD_INTERVAL).map(Some)
+}
+
+fn say_who_can_listen(address: &ListenAddress, tls: Option<&Tls>) {
+    match (address, tls) {
+        (ListenAddress::Tcp(_), Some(tls)) => {
+            let client_certificates = tls.asks_for_certificates();
+            tracing::info!(client_certificates, "TLS is on");
+        }
+        (address, None) if !address.is_local() => {
+            tracing::warn!(
+                "TLS is off and other machines can reach the service: set --tls-certificate and --tls-key unless \
+                 something in front of it speaks TLS"
+            );
+        }
+        _ => tracing::info!("TLS is off"),
+    }
+}
+
+/// The bounds on connections; fewer connections where the system gives this process too few file descriptors, so that
+/// the database's are never short of them.
+fn connections(settings: &ConnectionSettings) -> anyhow::Result<Connections> {
+    let asked = settings.connections_max.get();
+    let descriptors = asked.saturating_add(DESCRIPTORS_BESIDES) as u64;
+    let given = raise_descriptor_limit(descriptors)?;
+    let connections_max = match usize::try_from(given.min(descriptors)) {
+        Ok(given) => given.saturating_sub(DESCRIPTORS_BESIDES).max(1),
+        Err(_) => asked,
+    };
+    if connections_max < asked {
+        tracing::warn!(
+            connections_max,
+            "file descriptors are limited to {given}: fewer connections than --connections-max={asked}"
+        );
+    }
+    let address_connections_max = match settings.address_connections_max {
+        0 => connections_max,
+        max => max,
+    };
+    let has_age = !settings.connection_age_max.is_zero();
+    let age_max = has_age.then_some(settings.connection_age_max);
+    Ok(Connections::new(
+        connections_max,
+        address_connections_max,
+        age_max,
+    ))
+}
+
+/// Raises this process's limit, where it is lower, as far as the system lets it; returns what it is then. A shell's
+/// 1,024 are a convention.
+fn raise_descriptor_limit(descriptors: u64) -> io::Result<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    let (current, maximum) = (
+        limit.current.unwrap_or(u64::MAX),
+        limit.maximum.unwrap_or(u64::MAX),
+    );
+    let raised = descriptors.min(maximum);
+    if current >= raised {
+        return Ok(current);
+    }
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: Some(raised),
+            maximum: limit.maximum,
+        },
+    )?;
+    Ok(raised)
 }
 
 /// A service that was killed leaves its socket behind; one that lives answers on it.

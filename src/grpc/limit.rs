@@ -17,7 +17,7 @@ use std::{
 use futures_util::future::{Either, Ready, ready};
 use http::{Extensions, HeaderMap, Request, Response};
 use pin_project_lite::pin_project;
-use tonic::{Code, Status, body::Body, transport::server::TcpConnectInfo};
+use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
 use super::status;
@@ -32,11 +32,7 @@ pub(super) fn client_address<B>(limits: &Limits, request: &Request<B>) -> Option
 }
 
 fn peer_address(extensions: &Extensions) -> Option<IpAddr> {
-    if let Some(peer) = extensions.get::<Peer>() {
-        return peer.address;
-    }
-    let connection = extensions.get::<TcpConnectInfo>()?;
-    Some(connection.remote_addr()?.ip())
+    extensions.get::<Peer>()?.address
 }
 
 /// Outermost: takes a place among the requests in flight, counts the address's calls, and counts what calls came to.

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     check::{Checker, Evidence, Freshness, Known, Source},
-    limits::Limits,
+    limits::{Class, Limits},
     loader::LoadError,
     model::{
         BootTime, Membership, OrganizationId, PermissionTemplate, Reason, Subject,
@@ -62,6 +62,12 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         fields.key(format_args!("permission"), &request.permission);
         let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
         let subject = fields.all_fit(subject)?;
+        let within = match (request.explain, freshness) {
+            (true, _) => self.limits.caller(&caller, Class::List),
+            (false, Freshness::FullyConsistent) => self.limits.database_check(&caller),
+            (false, _) => Ok(()),
+        };
+        within.map_err(status::refused)?;
         if request.explain {
             let (explanation, evidence) = self
                 .checker
@@ -96,7 +102,10 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         }
         let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
         fields.all_fit(Some(()))?;
-        let within = self.limits.batch_items(&caller, request.items.len());
+        let within = match freshness {
+            Freshness::FullyConsistent => self.limits.database_items(&caller, request.items.len()),
+            _ => self.limits.batch_items(&caller, request.items.len()),
+        };
         within.map_err(status::refused)?;
         let parsed: Vec<Result<Subject, Status>> = request
             .items

@@ -42,7 +42,7 @@ fn parse(hop: &[u8]) -> Option<IpAddr> {
 }
 
 /// What one client can have many of counts as one: an IPv6 customer gets a /64 at least.
-pub(super) fn network(address: IpAddr) -> IpAddr {
+pub fn network(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(_) => address,
         IpAddr::V6(address) => {

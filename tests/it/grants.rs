@@ -333,13 +333,13 @@ async fn serve_says_what_is_wrong_before_anything_starts() {
     ];
     let cases: &[(&[&str], &[&str], &str)] = &[
         (
-            &["--auth", "mtls", "--grants", &wrong],
-            &[],
+            &jwt,
+            &["k", "--grants", &wrong],
             "wrong.toml: line 6: organizations must be",
         ),
         (
-            &["--auth", "mtls", "--grants", "/nowhere.toml"],
-            &[],
+            &jwt,
+            &["k", "--grants", "/nowhere.toml"],
             "--grants /nowhere.toml: No such file",
         ),
         (
@@ -355,6 +355,11 @@ async fn serve_says_what_is_wrong_before_anything_starts() {
         (&jwt, &["k"], "--auth mtls need --grants"),
         (&jwt[2..], &["k"], "of no use without --auth jwt"),
         (&["--auth", "jwt"], &[], "--auth jwt needs --jwt-issuer"),
+        (
+            &["--auth", "mtls", "--grants", &right],
+            &[],
+            "--auth mtls needs --tls-client-ca",
+        ),
         (
             &["--grants", &right],
             &[],

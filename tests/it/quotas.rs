@@ -9,11 +9,14 @@ use std::{
 };
 
 use hallpass::{
-    auth::{Authenticator, Caller, Identity},
+    auth::{Authenticator, Caller, Identity, api_key::Pepper},
     grpc::limit::{CallerLayer, DoorLayer},
     limits::{Bounds, Class, Limit, Limits, Refusal},
 };
-use hallpass_client::tonic::{Code, IntoRequest, Status, body::Body};
+use hallpass_client::{
+    tonic::{Code, IntoRequest, Status, body::Body},
+    v1::CheckPermissionRequest,
+};
 use http::Response;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_types::StatusExt;
@@ -22,6 +25,7 @@ use tower::{Layer, Service};
 use crate::{
     database::{Database, eventually},
     deadlines::TableLock,
+    keyring::{Made, TIMING, client_with, config_with_keys},
     limits::assert_is_decent,
     server::{APPROVE, Server, bounds, config, fill, now, question},
 };
@@ -348,4 +352,61 @@ fn ten_items_of_a_batch_cost_as_much_as_a_call() {
     // The largest of all passes, and takes everything.
     assert_eq!(took("large", usize::MAX), Ok(()));
     assert!(limits.caller(&caller("large"), Class::Check).is_err());
+}
+
+/// A service with keys, of which each caller has so many checks a second, and two keys.
+async fn start_with_keys(caller_rate_max: u32) -> (Server, Database, [String; 2]) {
+    let database = Database::create().await;
+    fill(&database.client().await).await;
+    let config = hallpass::server::Config {
+        bounds: Bounds {
+            caller_rate_max,
+            caller_list_rate_max: caller_rate_max,
+            ..bounds()
+        },
+        ..config_with_keys(&database.url, TIMING, Pepper::default())
+    };
+    let keys = [
+        Made::default().make(&database.url).await,
+        Made::default().make(&database.url).await,
+    ];
+    (Server::start(config).await, database, keys)
+}
+
+/// How many questions in a row are answered before one is refused: a few more than a second's worth, as time goes on.
+async fn answered(server: &Server, key: &str, question: &CheckPermissionRequest) -> u32 {
+    let mut client = client_with(server, key);
+    let mut answered = 0;
+    loop {
+        match client.check_permission(question.clone()).await {
+            Ok(_) => answered += 1,
+            Err(status) => {
+                refused(&status);
+                return answered;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_key_s_flood_is_its_own() {
+    let (server, _database, [flood, other]) = start_with_keys(20).await;
+    let asked = question("lincoln", "bob", APPROVE);
+    assert!(answered(&server, &flood, &asked).await >= 20);
+    assert!(answered(&server, &other, &asked).await >= 20);
+}
+
+#[tokio::test]
+async fn what_the_database_must_answer_counts_for_more() {
+    const RATE: u32 = 20;
+    let (server, _database, [first, second]) = start_with_keys(RATE).await;
+    let fresh = now(question("lincoln", "bob", APPROVE));
+    let found = answered(&server, &first, &fresh).await;
+    assert!((RATE / 10..RATE / 2).contains(&found), "{found}");
+    let explained = CheckPermissionRequest {
+        explain: true,
+        ..question("lincoln", "bob", APPROVE)
+    };
+    // Of lists it has as many: each takes one of both.
+    assert!(answered(&server, &second, &explained).await >= RATE);
 }

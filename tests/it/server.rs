@@ -3,6 +3,7 @@
 use std::{
     fmt,
     future::Future,
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,10 +14,11 @@ use hallpass::{
     config,
     limits::Bounds,
     selfcheck::SAMPLE_EVERY,
-    server::{self, Config, Listener, ServeError},
+    server::{self, Config, Connections, Listener, ServeError},
     store::DatabaseUrl,
 };
 use hallpass_client::{
+    ClientTls,
     tonic::{IntoRequest, Status, transport::Channel},
     v1::{
         CheckPermissionRequest, CheckPermissionResponse, Consistency, Evidence, Source,
@@ -53,6 +55,7 @@ const BYSTANDER: (&str, &str) = ("the organization of nobody", "bystander");
 
 /// A running service; it ends with its runtime, or by [`Server::stop`].
 pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
     pub(crate) endpoint: String,
     pub(crate) channel: Channel,
     ready: Option<oneshot::Receiver<()>>,
@@ -79,6 +82,8 @@ pub(crate) fn config(url: &str) -> Config {
         staleness_bound: Duration::from_secs(2),
         staleness_ceiling: Duration::from_secs(300),
         authenticator: Arc::new(Authenticator::open()),
+        tls: None,
+        connections: connections(),
         cache_capacity: 100_000,
         warm_up_max: Duration::from_secs(10),
         matrix_refresh_interval: Duration::from_secs(30),
@@ -108,11 +113,39 @@ pub(crate) fn bounds() -> Bounds {
     }
 }
 
+/// As the service has them by default.
+pub(crate) fn connections() -> Connections {
+    Connections::new(10_000, 1_000, Some(Duration::from_secs(3_600)))
+}
+
 impl Server {
     /// A service that listens; it need not be ready.
     pub(crate) async fn listening(config: Config) -> Self {
+        Self::listening_for(config, async |address| {
+            let endpoint = format!("http://{address}");
+            let channel = hallpass_client::connect(&endpoint).await;
+            (endpoint, channel.unwrap())
+        })
+        .await
+    }
+
+    /// As [`Server::listening`], with TLS.
+    pub(crate) async fn listening_tls(config: Config, tls: ClientTls) -> Self {
+        Self::listening_for(config, async |address| {
+            let endpoint = format!("https://{address}");
+            let channel = hallpass_client::connect_tls(&endpoint, tls).await;
+            (endpoint, channel.unwrap())
+        })
+        .await
+    }
+
+    /// `connect` makes the endpoint and a channel to it.
+    async fn listening_for(
+        config: Config,
+        connect: impl AsyncFnOnce(SocketAddr) -> (String, Channel),
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
         let (shutdown, stopped) = oneshot::channel();
         let (ready, is_ready) = oneshot::channel();
         let running = tokio::spawn(server::run(
@@ -122,8 +155,9 @@ impl Server {
             move || ready.send(()).unwrap_or(()),
             async { drop(stopped.await) },
         ));
-        let channel = hallpass_client::connect(&endpoint).await.unwrap();
+        let (endpoint, channel) = connect(address).await;
         Self {
+            address,
             endpoint,
             channel,
             ready: Some(is_ready),

@@ -55,7 +55,8 @@ pub struct Page {
 }
 
 /// $1, $2: positions that must all be there. $3, $4: the cursor. $5: rows a page.
-/// Entries first, then each one's rows, each limited: a page costs the same in the middle of a large entry. An entry
+/// Entries first, then each one's rows, each limited: a page costs the same in the middle of a large entry, and `seq >=`
+/// by itself lets the index begin there. An entry
 /// that touches everything needs none of its rows. Of an override, `users` are those whose mention changed, when
 /// nothing else did; a list of lists, which PostgreSQL allows and nobody means, is not taken apart.
 pub const READ_PAGE: &str = "
@@ -72,7 +73,7 @@ LEFT JOIN LATERAL (
                EXISTS (SELECT FROM hallpass.log_org o
                        WHERE o.org_id = '00000000-0000-0000-0000-000000000000' AND o.seq = log.seq) AS everything
         FROM hallpass.log
-        WHERE seq > $3::bigint OR seq = $3 AND $4::integer < 2147483647
+        WHERE seq >= $3::bigint AND (seq > $3 OR $4::integer < 2147483647)
         ORDER BY seq LIMIT $5
     ) entry
     LEFT JOIN LATERAL (

@@ -190,14 +190,18 @@ impl Consumer {
 
     /// Takes events until the stream ends; says how, and its cursor.
     pub(crate) async fn until_it_ends(&mut self) -> (Code, String, String) {
-        loop {
-            if let Err(status) = self.next().await {
-                let details = status.get_error_details();
-                let info = details.error_info().cloned().unwrap();
-                let cursor = info.metadata.get("cursor").cloned();
-                return (status.code(), info.reason, cursor.unwrap_or_default());
+        let ended = async {
+            loop {
+                if let Err(status) = self.next().await {
+                    return status;
+                }
             }
-        }
+        };
+        let status = within("the stream ends", 3 * PATIENCE, ended).await;
+        let details = status.get_error_details();
+        let info = details.error_info().cloned().unwrap();
+        let cursor = info.metadata.get("cursor").cloned();
+        (status.code(), info.reason, cursor.unwrap_or_default())
     }
 
     pub(crate) fn lines(&self) -> Vec<String> {
@@ -440,6 +444,11 @@ async fn expire_before(client: &Client, first: i64) {
     assert_eq!(least, first.to_string());
 }
 
+async fn ago(client: &Client, interval: &str) -> SystemTime {
+    let sql = format!("SELECT now() - interval '{interval}'");
+    client.query_one(&sql, &[]).await.unwrap().get(0)
+}
+
 #[tokio::test]
 async fn what_retention_has_removed_is_a_gap_with_both_ends() {
     let (database, client) = changed().await;
@@ -482,13 +491,13 @@ async fn what_retention_has_removed_is_a_gap_with_both_ends() {
         let again = from(cursor(&*read.gaps[0].to)).await;
         assert_eq!((again.lines(), again.gaps), (kept.clone(), vec![]));
     }
-    let removed_since = SystemTime::now() - Duration::from_secs(3 * 365 * 24 * 60 * 60);
+    let removed_since = ago(&client, "3 years").await;
     let read = from(Start::Since(removed_since.into())).await;
     assert_eq!(read.lines(), kept);
     let ends: Vec<_> = read.gaps.iter().map(|gap| (&*gap.from, &*gap.to)).collect();
     assert_eq!(ends, [("0-0", &*last_removed)]);
     // The entry that is kept though it is old was committed before: nothing since then is missing.
-    let kept_since = SystemTime::now() - Duration::from_secs(365 * 24 * 60 * 60);
+    let kept_since = ago(&client, "1 year").await;
     assert_eq!(from(Start::Since(kept_since.into())).await.gaps, []);
     // A cursor that was never of this log is nobody's gap once it is as new as what is kept.
     let foreign = format!("{first}-00000000");

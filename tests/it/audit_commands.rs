@@ -127,8 +127,16 @@ async fn a_line_says_who_changed_what() {
     let (database, client) = changed().await;
     let server = Server::start(config(&database.url)).await;
     let ann = id("ann").to_string();
-    let mut tail = Tail::start(&server, &["--since", "0s", "--table", "profiles"]);
-    let mut other = Tail::start(&server, &["--since", "0s", "--actor", &ann]);
+    // From here on, however late they begin.
+    let directory = temporary_directory();
+    let head = value(&client, "SELECT hallpass.head()").await;
+    let files = ["all", "one"].map(|name| directory.path().join(name));
+    let files = files.each_ref().map(|file| {
+        fs::write(file, &head).unwrap();
+        file.to_str().unwrap()
+    });
+    let mut tail = Tail::start(&server, &["--resume", files[0], "--table", "profiles"]);
+    let mut other = Tail::start(&server, &["--resume", files[1], "--actor", &ann]);
     run(&client, "SET application_name = 'psql'").await;
     run_sql(
         &client,

@@ -163,7 +163,8 @@ async fn every_index_has_a_consumer_that_uses_it() {
 
     // Where a stream that begins at a time begins. The lists of the audit log are in `audit_list`.
     let since = async || {
-        let now = std::time::SystemTime::now();
+        let now = client.query_one("SELECT now()", &[]).await.unwrap();
+        let now: std::time::SystemTime = now.get(0);
         client.query(BEFORE_TIME, &[&now]).await.unwrap();
     };
     expect(&client, "since", since, &["log_committed_at", "log_pkey"]).await;

@@ -8,7 +8,10 @@ mod ocsf;
 mod resume;
 mod tail;
 
-use std::{process::ExitCode, time::SystemTime};
+use std::{
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
 
 use hallpass_client::v1;
 
@@ -90,8 +93,8 @@ fn parse_time(text: &str) -> Result<prost_types::Timestamp, String> {
             .strip_suffix(unit)
             .and_then(|count| count.parse::<u32>().ok());
         if let Some(count) = count {
-            let ago = std::time::Duration::from_secs(u64::from(count) * seconds);
-            let time = SystemTime::now().checked_sub(ago);
+            let ago = Duration::from_secs(u64::from(count) * seconds);
+            let time = ago_from_now(ago);
             return time
                 .map(Into::into)
                 .ok_or_else(|| "too long ago".to_owned());
@@ -105,6 +108,14 @@ fn parse_time(text: &str) -> Result<prost_types::Timestamp, String> {
     whole.parse().map_err(|_| {
         "not a time such as 2026-05-01T09:30:00Z, nor how long ago, such as 24h".to_owned()
     })
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "whoever says how long ago goes by the clock of the machine that it is said on"
+)]
+fn ago_from_now(ago: Duration) -> Option<SystemTime> {
+    SystemTime::now().checked_sub(ago)
 }
 
 /// The name of an enum value without the prefix that protobuf wants.

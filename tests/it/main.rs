@@ -16,6 +16,7 @@ mod adopted;
 mod adopted_scenarios;
 mod adoption;
 mod analysis;
+mod answers;
 mod belief;
 mod bypass;
 mod calls;

@@ -117,6 +117,17 @@ impl ServeSettings {
                 self.staleness_ceiling, self.staleness_bound
             ));
         }
+        let is_socket = matches!(self.grpc_listen, ListenAddress::Unix(_));
+        if is_socket && (self.tls.tls_certificate.is_some() || self.auth.accepts(AuthMethod::Mtls))
+        {
+            return Err(
+                "--grpc-listen is a Unix socket, which has no TLS: leave out --tls-certificate and --auth mtls"
+                    .to_owned(),
+            );
+        }
+        if self.tls.tls_client_ca.is_some() && !self.auth.accepts(AuthMethod::Mtls) {
+            return Err("--tls-client-ca is of no use without --auth mtls".to_owned());
+        }
         if self.auth.accepts(AuthMethod::Mtls) && self.tls.tls_client_ca.is_none() {
             return Err(
                 "--auth mtls needs --tls-client-ca, which says whose certificates are good"

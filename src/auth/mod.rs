@@ -1,7 +1,7 @@
 //! Who calls, and what it may do: a credential becomes a [`Caller`], a path becomes a [`access::Need`].
 //!
-//! Invariant: nothing here fails open. What is absent, wrong, expired, revoked or cannot be looked up is an error, and
-//! a credential that is wrong is refused even where none would have been needed.
+//! Invariant: nothing here fails open. What is absent, wrong, expired, revoked or cannot be looked up is an error, and a
+//! bearer credential that is wrong is refused even where a certificate would do.
 
 pub mod access;
 pub mod api_key;
@@ -292,6 +292,9 @@ pub struct Peer {
 /// The outcome of a look at a credential: at once wherever nothing has to be fetched.
 pub enum Authentication {
     Known(Result<Arc<Caller>, AuthError>),
+    /// The credential is right as far as memory goes, which is too old to be believed by itself.
+    Confirming(BoxFuture<'static, Result<Arc<Caller>, AuthError>>),
+    /// Something must be fetched that anybody can ask for.
     Pending(BoxFuture<'static, Result<Arc<Caller>, AuthError>>),
 }
 

@@ -77,7 +77,15 @@ where
         };
         let nobody = Peer::default();
         let peer = request.extensions().get::<Peer>().unwrap_or(&nobody);
-        match self.authenticator.authenticate(request.headers(), peer) {
+        let authentication = self.authenticator.authenticate(request.headers(), peer);
+        if let Authentication::Pending(_) = authentication {
+            // Before anything is fetched for a stranger.
+            let address = limit::client_address(&self.limits, &request);
+            if let Err(refusal) = self.limits.credential(address) {
+                return refuse(status::refused(refusal));
+            }
+        }
+        match authentication {
             Authentication::Known(caller) => {
                 match caller
                     .map_err(|error| self.unauthenticated(error, &request))
@@ -90,12 +98,7 @@ where
                     Err(status) => refuse(status),
                 }
             }
-            Authentication::Pending(caller) => {
-                // Before anything is fetched for a stranger.
-                let address = limit::client_address(&self.limits, &request);
-                if let Err(refusal) = self.limits.credential(address) {
-                    return refuse(status::refused(refusal));
-                }
+            Authentication::Confirming(caller) | Authentication::Pending(caller) => {
                 // The service that was said to be ready is the one to call.
                 let ready = self.inner.clone();
                 let mut inner = std::mem::replace(&mut self.inner, ready);

@@ -104,8 +104,12 @@ impl From<tokio_postgres::Error> for KeysError {
     }
 }
 
+/// No row where changes of the keys go unnoticed: then memory is not renewed, and believed no longer than its bound.
 const POLL: &str = "
-SELECT pg_is_in_recovery(), edition, clock_timestamp() FROM hallpass.api_keys_edition";
+SELECT pg_is_in_recovery(), edition, clock_timestamp()
+FROM hallpass.api_keys_edition
+WHERE EXISTS (SELECT FROM pg_trigger
+              WHERE tgrelid = 'hallpass.api_keys'::regclass AND tgname = 'api_keys_changed' AND tgenabled = 'A')";
 
 const READ: &str = "
 SELECT pg_is_in_recovery(), e.edition, clock_timestamp(),

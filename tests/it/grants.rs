@@ -208,6 +208,7 @@ fn said(authenticator: &Authenticator, names: &[&str], credential: Option<&str>)
             words.join(" ")
         }
         Authentication::Known(Err(error)) => error.to_string(),
+        Authentication::Confirming(_) => "confirming".to_owned(),
         Authentication::Pending(_) => "pending".to_owned(),
     }
 }
@@ -359,6 +360,16 @@ async fn serve_says_what_is_wrong_before_anything_starts() {
             &["--auth", "mtls", "--grants", &right],
             &[],
             "--auth mtls needs --tls-client-ca",
+        ),
+        (
+            &["--auth", "mtls", "--grpc-listen", "unix:/nowhere/socket"],
+            &[],
+            "is a Unix socket, which has no TLS",
+        ),
+        (
+            &["--tls-client-ca", &empty, "--tls-certificate", &empty],
+            &["--tls-key", &empty],
+            "--tls-client-ca is of no use without --auth mtls",
         ),
         (
             &["--grants", &right],

@@ -59,7 +59,9 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         let (runtime, authenticator) = &**callers;
         let outcome = match authenticator.authenticate(&headers, &Peer::default()) {
             Authentication::Known(outcome) => outcome,
-            Authentication::Pending(outcome) => runtime.block_on(outcome),
+            Authentication::Confirming(outcome) | Authentication::Pending(outcome) => {
+                runtime.block_on(outcome)
+            }
         };
         assert!(outcome.is_err(), "{outcome:?}");
     });

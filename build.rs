@@ -17,6 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(out.join("hallpass.v1.binpb"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure()
         .build_client(false)
+        .codec_path("crate::grpc::codec::Codec")
         .extern_path(".google.rpc", "::tonic_types::pb")
         .compile_fds(descriptors)?;
     Ok(())

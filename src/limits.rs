@@ -34,6 +34,12 @@ const BATCH_ITEMS_A_CALL: u32 = 10;
 /// A check that the database must answer costs the two together about as much as so many that are cached.
 const DATABASE_CHECK_CALLS: u32 = 10;
 
+/// Calls that watch health, all at once: one for each client that minds, in about 20 MB.
+const WATCHES_MAX: usize = 2_000;
+
+/// Of those, one address's: a tenth, for they need no credential.
+const ADDRESS_WATCHES_MAX: u32 = 200;
+
 /// Streams, by nature as long as they are wanted.
 const STREAMS: [&str; 2] = [
     "/grpc.health.v1.Health/Watch",
@@ -158,6 +164,8 @@ impl Method {
 pub struct Limits {
     in_flight: Arc<Semaphore>,
     shares: Option<Arc<Shares>>,
+    watches: Arc<Semaphore>,
+    address_watches: Arc<Shares>,
     addresses: Rate,
     credentials: Rate,
     checks: Rate,
@@ -170,10 +178,10 @@ pub struct Limits {
     pub tally: Tally,
 }
 
-/// A place among the requests in flight, given back when it is dropped.
-#[derive(Debug)]
+/// A place among the requests in flight, or among the watches of health; given back when it is dropped.
 pub struct Place {
     _permit: OwnedSemaphorePermit,
+    _share: Option<Share>,
 }
 
 impl Limits {
@@ -189,6 +197,8 @@ impl Limits {
                 0 => None,
                 max => Some(Arc::new(Shares::new(max))),
             },
+            watches: Arc::new(Semaphore::new(WATCHES_MAX)),
+            address_watches: Arc::new(Shares::new(ADDRESS_WATCHES_MAX)),
             addresses: Rate::a_second(bounds.address_rate_max),
             credentials: Rate::a_second(bounds.credential_rate_max),
             checks: Rate::a_second(bounds.caller_rate_max),
@@ -212,8 +222,35 @@ impl Limits {
     /// # Errors
     /// When there is none.
     pub fn enter(&self) -> Result<Place, Refusal> {
-        match Arc::clone(&self.in_flight).try_acquire_owned() {
-            Ok(permit) => Ok(Place { _permit: permit }),
+        self.place(&self.in_flight, None)
+    }
+
+    /// Takes a place among the watches of health, and one of the address's own; a loopback address has as many as there
+    /// are, for it tells nobody from anybody.
+    ///
+    /// # Errors
+    /// When there is none, or the address has all of its own already.
+    pub fn watch(&self, address: Option<IpAddr>) -> Result<Place, Refusal> {
+        let share = match address {
+            Some(address) if !address.is_loopback() => {
+                let key = self.hashes.hash_one(forwarded::network(address));
+                let Some(share) = self.address_watches.take(key) else {
+                    self.tally.refused(Limit::CallerInFlight);
+                    return Err(Refusal::TooManyAtOnce);
+                };
+                Some(share)
+            }
+            _ => None,
+        };
+        self.place(&self.watches, share)
+    }
+
+    fn place(&self, places: &Arc<Semaphore>, share: Option<Share>) -> Result<Place, Refusal> {
+        match Arc::clone(places).try_acquire_owned() {
+            Ok(permit) => Ok(Place {
+                _permit: permit,
+                _share: share,
+            }),
             Err(_) => {
                 self.tally.refused(Limit::InFlight);
                 Err(Refusal::Overloaded)

@@ -1,13 +1,15 @@
 //! The limits as layers of the stack that every call comes through: the door outside, then the deadline, then the gate,
 //! then the caller's own share.
 //!
-//! Invariant: a call gives its place back however it ends; what it came to is counted once, at the door, and the line that
+//! Invariant: a call gives its place back however it ends, and not before its answer is taken; what it came to is counted once, at the door, and the line that
 //! is logged of it holds nothing that the caller wrote but its identity, escaped.
 
 mod deadline;
+mod held;
 
 use std::{
     future::Future,
+    mem,
     net::IpAddr,
     pin::Pin,
     sync::Arc,
@@ -20,6 +22,7 @@ use pin_project_lite::pin_project;
 use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
 
+use self::held::Held;
 use super::status;
 use crate::{
     auth::{Caller, Peer},
@@ -87,6 +90,7 @@ where
         let method = Method::of(request.uri().path());
         let address = client_address(&self.limits, &request);
         let entered = match method.class {
+            Class::Free if method.is_stream => self.limits.watch(address).map(Some),
             Class::Free => Ok(None),
             Class::Check | Class::List => {
                 let place = self.limits.enter();
@@ -118,8 +122,11 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
-        let answer = ready!(this.answer.poll(context));
-        *this.place = None;
+        let mut answer = ready!(this.answer.poll(context));
+        if let (Ok(response), Some(place)) = (&mut answer, this.place.take()) {
+            let messages = mem::take(response.body_mut());
+            *response.body_mut() = Body::new(Held::until_taken(messages, place));
+        }
         if let Ok(response) = &answer
             && let Some(code) = code(response.headers())
             && let Some(left_out) = this.limits.tally.failed(code.into())
@@ -189,14 +196,14 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let bound = if Method::of(request.uri().path()).is_stream {
-            deadline::Bound::Age(self.limits.stream_age_max)
-        } else {
-            let asked = deadline::asked_for(request.headers());
-            let most = self.limits.request_deadline_max;
-            deadline::Bound::Answer(asked.into_iter().chain(most).min())
+        let asked = deadline::asked_for(request.headers());
+        let most = self.limits.request_deadline_max;
+        let is_stream = Method::of(request.uri().path()).is_stream;
+        let bounds = deadline::Bounds {
+            deadline: asked.into_iter().chain(most).min(),
+            age: self.limits.stream_age_max.filter(|_| is_stream),
         };
-        deadline::Bounded::new(self.inner.call(request), bound)
+        deadline::Bounded::new(self.inner.call(request), bounds)
     }
 }
 
@@ -288,7 +295,10 @@ where
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let mut answer = ready!(this.answer.poll(context));
-        *this.share = None;
+        if let (Ok(response), Some(share)) = (&mut answer, this.share.take()) {
+            let messages = mem::take(response.body_mut());
+            *response.body_mut() = Body::new(Held::new(messages, share));
+        }
         if let (Ok(response), Some(caller)) = (&mut answer, this.caller.take())
             && code(response.headers()).is_some()
         {

@@ -3,6 +3,7 @@
 //! Invariant: no SQL, SQLSTATE or host name reaches a caller; every error is made in `status`.
 
 pub mod audit_service;
+pub mod codec;
 pub mod gate;
 pub mod limit;
 mod parse;

@@ -6,6 +6,7 @@ use prost::Message;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt, pb};
 
+use super::permission_service::BATCH_ITEMS_MAX;
 use crate::{
     audit::stream::StreamEnd,
     auth::{AuthError, Forbidden},
@@ -34,6 +35,12 @@ pub(super) fn invalid(violations: Vec<FieldViolation>) -> Status {
     let mut details = ErrorDetails::with_bad_request(violations);
     details.set_error_info("INVALID_REQUEST", DOMAIN, HashMap::new());
     Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
+/// A batch of so many items, refused before any is looked at.
+pub(super) fn too_many_items(found: usize) -> Status {
+    let description = format!("must be 1 to {BATCH_ITEMS_MAX} items, not {found}");
+    invalid(vec![FieldViolation::new("items", description)])
 }
 
 /// There is no such organization.

@@ -131,17 +131,14 @@ async fn callers_who_leave_cancel_nothing_for_those_who_stay() {
     server.stop().await;
 }
 
-/// The headers of the answer to a check of which only the headers were sent, on a connection of its own.
-async fn headers_alone(server: &Server, headers: &[(&str, &str)]) -> HeaderMap {
+/// The headers of the answer to a call of which only the headers were sent, on a connection of its own.
+async fn headers_alone(server: &Server, path: &str, headers: &[(&str, &str)]) -> HeaderMap {
     let address = server.endpoint.trim_start_matches("http://");
     let stream = TcpStream::connect(address).await.unwrap();
     let (client, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::spawn(connection);
     let mut client = client.ready().await.unwrap();
-    let uri = format!(
-        "{}/hallpass.v1.PermissionService/CheckPermission",
-        server.endpoint
-    );
+    let uri = format!("{}{path}", server.endpoint);
     let mut request = Request::post(uri).header("content-type", "application/grpc");
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -202,15 +199,22 @@ async fn a_request_that_never_arrives_whole_is_ended_by_its_deadline() {
         // The caller's own, by which tonic would say CANCELLED.
         (&patient, &[("grpc-timeout", "50m")]),
     ];
-    for (server, headers) in cases {
-        let answer = headers_alone(server, headers).await;
-        let status = Status::from_header_map(&answer).unwrap();
-        assert_eq!(
-            status.code(),
-            Code::DeadlineExceeded,
-            "{headers:?}: {status:?}"
-        );
-        assert_is_decent(&status);
+    // A stream that watches has a request that must arrive as well.
+    for path in [
+        "/hallpass.v1.PermissionService/CheckPermission",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+    ] {
+        for (server, headers) in cases {
+            let answer = headers_alone(server, path, headers).await;
+            let status = Status::from_header_map(&answer).unwrap();
+            assert_eq!(
+                status.code(),
+                Code::DeadlineExceeded,
+                "{path} {headers:?}: {status:?}"
+            );
+            assert_is_decent(&status);
+        }
     }
     server.stop().await;
     patient.stop().await;

@@ -330,10 +330,12 @@ async fn a_batch_has_1_to_10_000_items() {
         &id("bob").to_string(),
         "can_view_budget",
     );
-    for count in [0, 10_001] {
+    // Those that are too many are not read, nor what stands behind them.
+    let expected = [(0, &["items", "consistency"][..]), (10_001, &["items"])];
+    for (count, expected) in expected {
         let items = vec![bob.clone(); count];
         let status = batch(&server, items, require(None)).await.unwrap_err();
-        assert_eq!(wrong_fields(&status), ["items", "consistency"], "{count}");
+        assert_eq!(wrong_fields(&status), expected, "{count}");
     }
     // 10,000 users, most of them strangers and none of them in the cache.
     let strangers = (0..9_999).map(|index| {
@@ -394,7 +396,7 @@ async fn malformed_items_fail_alone() {
 #[tokio::test]
 async fn ten_thousand_malformed_items_are_answered_within_what_a_client_takes() {
     let server = start().await;
-    for value in ["", "x", &"\u{1}".repeat(64), &"\u{10348}".repeat(32)] {
+    for value in ["", "x", &"\u{1}".repeat(64), &"\u{10348}".repeat(16)] {
         let items = vec![item(value, value, ""); 10_000];
         let answered = batch(&server, items, None).await.unwrap();
         assert_eq!(answered.evidence, None);
@@ -410,18 +412,18 @@ async fn ten_thousand_malformed_items_are_answered_within_what_a_client_takes() 
 }
 
 #[tokio::test]
-async fn messages_over_4_mib_are_refused_compressed_or_not() {
+async fn messages_over_a_mib_and_a_half_are_refused_compressed_or_not() {
     let server = start().await;
     let bob = item(
         &id("lincoln").to_string(),
         &id("bob").to_string(),
-        &"x".repeat(500),
+        &"x".repeat(80),
     );
     let request = BatchCheckPermissionsRequest {
         items: vec![bob; 10_000],
         consistency: None,
     };
-    assert!(request.encoded_len() > 4 << 20);
+    assert!(request.encoded_len() > 3 << 19);
     for mut client in [
         server.client(),
         server.client().send_compressed(CompressionEncoding::Gzip),

@@ -16,6 +16,7 @@ mod adopted;
 mod adopted_scenarios;
 mod adoption;
 mod analysis;
+mod answers;
 mod audit;
 mod audit_actors;
 mod audit_commands;

@@ -21,11 +21,12 @@ const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 const HEAD_START: Duration = Duration::from_millis(1);
 
 /// What ends a call; `None`: nothing but its answer.
-pub(super) enum Bound {
-    /// The answer is there by then, or DEADLINE_EXCEEDED. What the caller sends must have arrived, too.
-    Answer(Option<Duration>),
-    /// The answer is a stream, and ends by then.
-    Age(Option<Duration>),
+pub(super) struct Bounds {
+    /// The answer, or the beginning of a stream, is there by then, or DEADLINE_EXCEEDED. What the caller has to send for
+    /// it must have arrived, too.
+    pub(super) deadline: Option<Duration>,
+    /// A stream ends by then, counted from its beginning.
+    pub(super) age: Option<Duration>,
 }
 
 pin_project! {
@@ -33,7 +34,7 @@ pin_project! {
     pub struct Bounded<F> {
         #[pin]
         answer: F,
-        bound: Bound,
+        bounds: Bounds,
         // Most answers are there at once, and need no timer.
         #[pin]
         timer: Option<Sleep>,
@@ -41,10 +42,10 @@ pin_project! {
 }
 
 impl<F> Bounded<F> {
-    pub(super) fn new(answer: F, bound: Bound) -> Self {
+    pub(super) fn new(answer: F, bounds: Bounds) -> Self {
         Self {
             answer,
-            bound,
+            bounds,
             timer: None,
         }
     }
@@ -59,14 +60,14 @@ where
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let mut this = self.project();
         if let Poll::Ready(answer) = this.answer.poll(context) {
-            return Poll::Ready(match this.bound {
-                Bound::Age(Some(age)) => {
-                    answer.map(|response| response.map(|body| Body::new(Aging::new(body, *age))))
+            return Poll::Ready(match this.bounds.age {
+                Some(age) => {
+                    answer.map(|response| response.map(|body| Body::new(Aging::new(body, age))))
                 }
-                Bound::Age(None) | Bound::Answer(_) => answer,
+                None => answer,
             });
         }
-        let Bound::Answer(Some(deadline)) = *this.bound else {
+        let Some(deadline) = this.bounds.deadline else {
             return Poll::Pending;
         };
         if this.timer.is_none() {

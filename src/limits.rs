@@ -24,7 +24,7 @@ pub use self::{forwarded::network, shares::Share};
 use self::{rate::Rate, shares::Shares, tally::Tally};
 use crate::auth::{
     Caller, Identity, Scope,
-    access::{self, Need},
+    access::{self, Answer, Need},
 };
 
 /// Items of a batch that cost as much as a call: an item is about 1 µs of work, a call about 8. What items cost the
@@ -39,12 +39,6 @@ const WATCHES_MAX: usize = 2_000;
 
 /// Of those, one address's: a tenth, for they need no credential.
 const ADDRESS_WATCHES_MAX: u32 = 200;
-
-/// Streams, by nature as long as they are wanted.
-const STREAMS: [&str; 2] = [
-    "/grpc.health.v1.Health/Watch",
-    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
-];
 
 /// The bounds, as set; 0 and `None`: none.
 #[derive(Clone, Debug)]
@@ -123,7 +117,7 @@ pub struct Method {
     /// Its path; `unknown` for one that nobody serves: what a caller makes up is not logged.
     pub name: &'static str,
     pub class: Class,
-    pub is_stream: bool,
+    pub answer: Answer,
 }
 
 /// Which limits are for a method.
@@ -140,12 +134,12 @@ pub enum Class {
 impl Method {
     #[must_use]
     pub fn of(path: &str) -> Self {
-        let known = access::ACCESS.iter().find(|(name, _)| *name == path);
-        let Some((name, need)) = known else {
+        let known = access::ACCESS.iter().find(|(name, ..)| *name == path);
+        let Some((name, need, answer)) = known else {
             return Self {
                 name: "unknown",
                 class: Class::List,
-                is_stream: false,
+                answer: Answer::Message,
             };
         };
         Self {
@@ -155,7 +149,7 @@ impl Method {
                 Need::Scope(Scope::Check) => Class::Check,
                 Need::Credential | Need::Scope(_) => Class::List,
             },
-            is_stream: STREAMS.contains(name),
+            answer: *answer,
         }
     }
 }

@@ -1,10 +1,12 @@
 //! HTTP/2 as no client would speak it: frames written by hand, each attacker at a stated pace.
 
 use std::{
+    io::Write,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
+use flate2::{Compression, write::GzEncoder};
 use prost::Message;
 use tokio::{
     io::{AsyncWriteExt, copy, sink},
@@ -55,6 +57,11 @@ pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8>
 
 /// The header block of a check, without indexing, so that every one is the same.
 pub(crate) fn check_headers() -> Vec<u8> {
+    headers_of("/hallpass.v1.PermissionService/CheckPermission", &[])
+}
+
+/// As of a check, of another method and with these fields too.
+fn headers_of(path: &str, fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = vec![0x83, 0x86];
     let mut literal = |name: &[u8], value: &[u8]| {
         block.push(0);
@@ -63,10 +70,13 @@ pub(crate) fn check_headers() -> Vec<u8> {
             block.extend_from_slice(text);
         }
     };
-    literal(b":path", b"/hallpass.v1.PermissionService/CheckPermission");
+    literal(b":path", path.as_bytes());
     literal(b":authority", LISTEN.as_bytes());
     literal(b"content-type", b"application/grpc");
     literal(b"te", b"trailers");
+    for (name, value) in fields {
+        literal(name.as_bytes(), value.as_bytes());
+    }
     block
 }
 
@@ -261,6 +271,74 @@ pub(crate) async fn answers_not_taken() {
         frames
     };
     flood(Duration::from_millis(10), &no_room, next).await;
+}
+
+const BATCH: &str = "/hallpass.v1.PermissionService/BatchCheckPermissions";
+
+/// A message in frames of its stream, unfinished or to its end.
+fn data(stream: u32, packed: u8, message: &[u8], last_flags: u8) -> Vec<u8> {
+    let length = u32::try_from(message.len()).unwrap_or(0).to_be_bytes();
+    let body = [&[packed], length.as_slice(), message].concat();
+    let parts: Vec<&[u8]> = body.chunks(16 << 10).collect();
+    let last = parts.len() - 1;
+    let frames = parts.iter().enumerate().map(|(index, part)| {
+        let flags = if index == last { last_flags } else { 0 };
+        frame(DATA, flags, stream, part)
+    });
+    frames.flatten().collect()
+}
+
+/// Asks a batch of 10,000 malformed items every 100 ms, up to 1,000, and gives no answer room to be sent.
+pub(crate) async fn malformed_batches_not_taken() {
+    let headers = headers_of(BATCH, &[]);
+    // Items of no fields: 20 kB, within the window that the service gives to begin with.
+    let items = [10, 0].repeat(10_000);
+    let next = |attacker: &mut Attacker| {
+        if attacker.stream >= 2_000 {
+            return Vec::new();
+        }
+        let stream = attacker.next_stream();
+        let mut frames = frame(HEADERS, END_HEADERS, stream, &headers);
+        frames.extend(data(stream, 0, &items, END_STREAM));
+        frames
+    };
+    let no_room = [0, 4, 0, 0, 0, 0];
+    flood(Duration::from_millis(100), &no_room, next).await;
+}
+
+/// Begins a watch of health with the first 16 kB of a message of 4 MiB every 10 ms, up to 1,000 at a time.
+pub(crate) async fn watches_unfinished() {
+    let headers = headers_of("/grpc.health.v1.Health/Watch", &[]);
+    let mut message = vec![0, 0, 0x40, 0, 0];
+    message.resize(16 << 10, 0);
+    let next = |attacker: &mut Attacker| {
+        if attacker.stream >= 2_000 {
+            return Vec::new();
+        }
+        let stream = attacker.next_stream();
+        let mut frames = frame(HEADERS, END_HEADERS, stream, &headers);
+        frames.extend(frame(DATA, 0, stream, &message));
+        frames
+    };
+    flood(Duration::from_millis(10), &[], next).await;
+}
+
+/// Asks a batch of 700,000 empty items, packed into a few kilobytes, every 20 ms.
+pub(crate) async fn packed_batches() {
+    let headers = headers_of(BATCH, &[("grpc-encoding", "gzip")]);
+    let mut packer = GzEncoder::new(Vec::new(), Compression::best());
+    // Into memory nothing fails.
+    let packed = packer
+        .write_all(&[10, 0].repeat(700_000))
+        .and_then(|()| packer.finish());
+    let items = packed.unwrap_or_default();
+    let next = |attacker: &mut Attacker| {
+        let stream = attacker.next_stream();
+        let mut frames = frame(HEADERS, END_HEADERS, stream, &headers);
+        frames.extend(data(stream, 1, &items, END_STREAM));
+        frames
+    };
+    flood(Duration::from_millis(20), &[], next).await;
 }
 
 /// Connects and says nothing; again when it is thrown out.

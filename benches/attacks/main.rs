@@ -50,7 +50,7 @@ const RETURN_MAX: Duration = Duration::from_secs(15);
 type Attack = fn() -> Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What is done, how many do it, how.
-const ATTACKS: [(&str, usize, Attack); 8] = [
+const ATTACKS: [(&str, usize, Attack); 11] = [
     ("rapid reset: 20,000 streams a second", 4, || {
         Box::pin(frames::rapid_reset())
     }),
@@ -74,6 +74,15 @@ const ATTACKS: [(&str, usize, Attack); 8] = [
     }),
     ("answers not taken: 10 x 1,000", 10, || {
         Box::pin(frames::answers_not_taken())
+    }),
+    ("malformed batches not taken: 4 x 10 a second", 4, || {
+        Box::pin(frames::malformed_batches_not_taken())
+    }),
+    ("watches of 4 MiB begun: 10 x 1,000", 10, || {
+        Box::pin(frames::watches_unfinished())
+    }),
+    ("700,000 items packed, 200 a second", 4, || {
+        Box::pin(frames::packed_batches())
     }),
 ];
 

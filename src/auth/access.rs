@@ -12,45 +12,72 @@ pub enum Need {
     Scope(Scope),
 }
 
+/// What a call is answered with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    Message,
+    /// As many messages as are wanted, until it is too old.
+    Stream,
+    /// A stream that ends by itself when it is too old, and says where to go on.
+    EndingStream,
+}
+
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [(&str, Need); 11] = [
+pub const ACCESS: [(&str, Need, Answer); 11] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
+        Answer::Message,
     ),
     (
         "/hallpass.v1.PermissionService/BatchCheckPermissions",
         Need::Scope(Scope::Check),
+        Answer::Message,
     ),
     (
         "/hallpass.v1.PermissionService/ListUserPermissions",
         Need::Scope(Scope::List),
+        Answer::Message,
     ),
     (
         "/hallpass.v1.PermissionService/ListPermissionHolders",
         Need::Scope(Scope::List),
+        Answer::Message,
     ),
     (
         "/hallpass.v1.PermissionService/ListUserOrganizations",
         Need::Scope(Scope::List),
+        Answer::Message,
     ),
     (
         "/hallpass.v1.PermissionService/GetOrganizationSummary",
         Need::Scope(Scope::List),
+        Answer::Message,
     ),
     (
         "/hallpass.v1.AuditService/StreamAuditEntries",
         Need::Scope(Scope::Audit),
+        Answer::EndingStream,
     ),
     (
         "/hallpass.v1.AuditService/ListAuditEntries",
         Need::Scope(Scope::Audit),
+        Answer::Message,
     ),
-    ("/grpc.health.v1.Health/Check", Need::Nothing),
-    ("/grpc.health.v1.Health/Watch", Need::Nothing),
+    (
+        "/grpc.health.v1.Health/Check",
+        Need::Nothing,
+        Answer::Message,
+    ),
+    (
+        "/grpc.health.v1.Health/Watch",
+        Need::Nothing,
+        Answer::Stream,
+    ),
     (
         "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         Need::Credential,
+        Answer::Stream,
     ),
 ];
 
@@ -59,6 +86,6 @@ pub const ACCESS: [(&str, Need); 11] = [
 pub fn need(path: &str) -> Option<Need> {
     ACCESS
         .iter()
-        .find(|(known, _)| *known == path)
-        .map(|(_, need)| *need)
+        .find(|(known, ..)| *known == path)
+        .map(|(_, need, _)| *need)
 }

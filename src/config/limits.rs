@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::parse_duration;
 use crate::limits::Bounds;
 
-/// More than wait for the database at most, so that cached answers are given beside them; 100 MB of buffers.
+/// More than wait for the database at most, so that cached answers are given beside them; as checks, 100 MB of buffers.
 const DEFAULT_REQUESTS_IN_FLIGHT_MAX: usize = 5_000;
 
 /// A fifth of them: four more can do the same before anybody else is turned away. A caller with 10,000 checks a second

@@ -25,7 +25,7 @@ use tower::{Layer, Service};
 use self::held::Held;
 use super::status;
 use crate::{
-    auth::{Caller, Peer},
+    auth::{Caller, Peer, access::Answer},
     limits::{Class, Limits, Method, Place, Refusal, Share},
 };
 
@@ -90,7 +90,7 @@ where
         let method = Method::of(request.uri().path());
         let address = client_address(&self.limits, &request);
         let entered = match method.class {
-            Class::Free if method.is_stream => self.limits.watch(address).map(Some),
+            Class::Free if method.answer != Answer::Message => self.limits.watch(address).map(Some),
             Class::Free => Ok(None),
             Class::Check | Class::List => {
                 let place = self.limits.enter();
@@ -198,10 +198,10 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let asked = deadline::asked_for(request.headers());
         let most = self.limits.request_deadline_max;
-        let is_stream = Method::of(request.uri().path()).is_stream;
+        let ages = Method::of(request.uri().path()).answer == Answer::Stream;
         let bounds = deadline::Bounds {
             deadline: asked.into_iter().chain(most).min(),
-            age: self.limits.stream_age_max.filter(|_| is_stream),
+            age: self.limits.stream_age_max.filter(|_| ages),
         };
         deadline::Bounded::new(self.inner.call(request), bounds)
     }

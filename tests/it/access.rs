@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use hallpass::{
     auth::{
         Scope,
-        access::{ACCESS, Need},
+        access::{ACCESS, Answer, Need},
         api_key::Pepper,
     },
     grpc::v1,
@@ -26,14 +26,17 @@ const SERVED: [&[u8]; 3] = [
     tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
 ];
 
-fn served_methods() -> BTreeSet<String> {
+/// Each, and whether it is answered with a stream.
+fn served_methods() -> BTreeSet<(String, bool)> {
     let mut methods = BTreeSet::new();
     for descriptors in SERVED {
         for file in FileDescriptorSet::decode(descriptors).unwrap().file {
             for service in &file.service {
                 let service_name = format!("{}.{}", file.package(), service.name());
-                let names = service.method.iter().map(|method| method.name().to_owned());
-                methods.extend(names.map(|name| format!("/{service_name}/{name}")));
+                methods.extend(service.method.iter().map(|method| {
+                    let path = format!("/{service_name}/{}", method.name());
+                    (path, method.server_streaming())
+                }));
             }
         }
     }
@@ -42,7 +45,10 @@ fn served_methods() -> BTreeSet<String> {
 
 #[test]
 fn every_method_says_what_it_needs_and_every_row_is_a_method() {
-    let rows: BTreeSet<String> = ACCESS.iter().map(|(path, _)| (*path).to_owned()).collect();
+    let rows: BTreeSet<(String, bool)> = ACCESS
+        .iter()
+        .map(|(path, _, answer)| ((*path).to_owned(), *answer != Answer::Message))
+        .collect();
     assert_eq!(rows.len(), ACCESS.len(), "a method has two rows");
     assert_eq!(served_methods(), rows);
 }
@@ -51,7 +57,7 @@ fn every_method_says_what_it_needs_and_every_row_is_a_method() {
 #[test]
 fn the_table_is_this() {
     let mut table: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-    for (path, need) in ACCESS {
+    for (path, need, _) in ACCESS {
         let name = path.rsplit('/').next().unwrap();
         table.entry(format!("{need:?}")).or_default().push(name);
     }
@@ -102,7 +108,7 @@ async fn every_method_asks_for_what_it_needs() {
     }
     let server = Server::start(config_with_keys(url, TIMING, Pepper::default())).await;
 
-    for (path, need) in ACCESS {
+    for (path, need, _) in ACCESS {
         let said = async |key: &str| {
             let header = format!("Bearer {key}");
             refusal(&call(&server.channel, path, &[&header]).await)

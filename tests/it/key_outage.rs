@@ -2,12 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use hallpass::auth::{api_key::Pepper, keys::Timing};
+use hallpass::{
+    auth::{api_key::Pepper, keys::Timing},
+    limits::Bounds,
+    server::Config,
+};
+use hallpass_client::tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
     database::Database,
-    keyring::{Made, TIMING, config_with_keys, key_id, revoke, with_key},
+    keyring::{CHECK, Made, TIMING, call, config_with_keys, key_id, revoke, with_key},
     proxy::{Proxy, Way},
     server::Server,
     sql::run,
@@ -66,6 +71,51 @@ async fn keys_are_believed_without_the_database_up_to_the_ceiling_and_no_longer(
     let made_up = format!("hp_{}_{}", key_id(&key), "0".repeat(64));
     assert_eq!(with_key(&server, &made_up).await, "CREDENTIAL_INVALID");
     proxy.set(Way::Open);
+    let (_, said) = while_said(&server, &key, UNAVAILABLE).await;
+    assert_eq!(said, "CREDENTIAL_REVOKED");
+}
+
+/// A key that fits is no stranger's: an outage does not make its holder one of those who try keys out.
+#[tokio::test]
+async fn an_outage_is_held_against_no_genuine_key() {
+    let database = Database::create().await;
+    let key = Made::default().make(&database.url).await;
+    let proxy = Proxy::to(&database.url, Way::Open);
+    let config = config_with_keys(&proxy.url, SHORT, Pepper::default());
+    let server = Server::start(Config {
+        bounds: Bounds {
+            credential_rate_max: 1,
+            ..config.bounds.clone()
+        },
+        ..config
+    })
+    .await;
+    proxy.set(Way::Closed);
+    let authorization = format!("Bearer {key}");
+    let began = Instant::now();
+    while began.elapsed() < 2 * SHORT.staleness_bound {
+        let called = call(&server.channel, CHECK, &[&authorization]).await;
+        let code = called.unwrap_err().code();
+        assert_ne!(code, Code::ResourceExhausted);
+    }
+}
+
+/// A table whose trigger is off tells of no revocation.
+#[tokio::test]
+async fn keys_whose_changes_go_unnoticed_are_not_renewed() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    let key = Made::default().make(&database.url).await;
+    let config = config_with_keys(&database.url, SHORT, Pepper::default());
+    let server = Server::start(config).await;
+    assert_eq!(with_key(&server, &key).await, "");
+    run(&client, "ALTER TABLE hallpass.api_keys DISABLE TRIGGER ALL").await;
+    revoke(&database.url, &key).await;
+    let (_, said) = while_said(&server, &key, "").await;
+    assert_eq!(said, UNAVAILABLE);
+    let enable = "ALTER TABLE hallpass.api_keys ENABLE ALWAYS TRIGGER api_keys_changed;
+                  UPDATE hallpass.api_keys SET name = name";
+    run(&client, enable).await;
     let (_, said) = while_said(&server, &key, UNAVAILABLE).await;
     assert_eq!(said, "CREDENTIAL_REVOKED");
 }

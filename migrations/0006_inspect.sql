@@ -52,7 +52,9 @@ BEGIN
                   CASE WHEN t.oid IS NULL THEN 'missing' ELSE 'not ENABLE ALWAYS' END)
     FROM (SELECT 'hallpass_record_' || event AS name, target
           FROM unnest(hallpass.recorded_tables()) target, unnest(ARRAY['insert', 'update', 'delete', 'truncate']) event
-          UNION ALL SELECT 'number_entry', 'hallpass.log_pending'::regclass) expected
+          UNION ALL SELECT 'number_entry', 'hallpass.log_pending'::regclass
+          -- Without it no revocation of an API key is heard of.
+          UNION ALL SELECT 'api_keys_changed', 'hallpass.api_keys'::regclass) expected
     LEFT JOIN pg_trigger t ON t.tgrelid = expected.target AND t.tgname = expected.name
     WHERE t.tgenabled IS DISTINCT FROM 'A'
     ORDER BY 1;

@@ -117,13 +117,17 @@ impl ServeSettings {
                 self.staleness_ceiling, self.staleness_bound
             ));
         }
-        let is_socket = matches!(self.grpc_listen, ListenAddress::Unix(_));
-        if is_socket && (self.tls.tls_certificate.is_some() || self.auth.accepts(AuthMethod::Mtls))
-        {
-            return Err(
-                "--grpc-listen is a Unix socket, which has no TLS: leave out --tls-certificate and --auth mtls"
-                    .to_owned(),
-            );
+        if matches!(self.grpc_listen, ListenAddress::Unix(_)) {
+            if self.auth.accepts(AuthMethod::Mtls) {
+                return Err(
+                    "--auth mtls is of no use on a Unix socket, which has no TLS".to_owned(),
+                );
+            }
+            if self.tls.tls_certificate.is_some() {
+                return Err(
+                    "--tls-certificate is of no use on a Unix socket, which has no TLS".to_owned(),
+                );
+            }
         }
         if self.tls.tls_client_ca.is_some() && !self.auth.accepts(AuthMethod::Mtls) {
             return Err("--tls-client-ca is of no use without --auth mtls".to_owned());
@@ -273,6 +277,64 @@ mod tests {
                 local,
                 "{address}"
             );
+        }
+    }
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        settings: ServeSettings,
+    }
+
+    #[test]
+    fn settings_that_would_do_nothing_are_refused() {
+        const TLS: &str = "--tls-certificate c --tls-key k";
+        let cases = [
+            (
+                format!("{TLS} --tls-client-ca a --auth mtls --grants g"),
+                "",
+            ),
+            (
+                format!("{TLS} --tls-client-ca a --auth mtls,api-key --grants g"),
+                "",
+            ),
+            (format!("{TLS} --auth api-key"), ""),
+            ("--grpc-listen unix:/s --auth api-key".to_owned(), ""),
+            (
+                format!("--grpc-listen unix:/s {TLS} --tls-client-ca a --auth mtls --grants g"),
+                "--auth mtls is of no use on a Unix socket",
+            ),
+            (
+                "--grpc-listen unix:/s --auth mtls --grants g".to_owned(),
+                "--auth mtls is of no use on a Unix socket",
+            ),
+            (
+                format!("--grpc-listen unix:/s {TLS}"),
+                "--tls-certificate is of no use on a Unix socket",
+            ),
+            (
+                format!("{TLS} --tls-client-ca a --auth api-key"),
+                "--tls-client-ca is of no use without --auth mtls",
+            ),
+            (
+                format!("{TLS} --tls-client-ca a"),
+                "--tls-client-ca is of no use without --auth mtls",
+            ),
+            (
+                "--auth mtls --grants g".to_owned(),
+                "--auth mtls needs --tls-client-ca",
+            ),
+        ];
+        for (line, expected) in cases {
+            let words = ["serve"].into_iter().chain(line.split(' '));
+            let line_settings = <Line as clap::Parser>::try_parse_from(words).unwrap();
+            match line_settings.settings.check() {
+                Ok(()) => assert_eq!(expected, "", "{line}"),
+                Err(error) => assert!(
+                    !expected.is_empty() && error.starts_with(expected),
+                    "{line}: {error}"
+                ),
+            }
         }
     }
 

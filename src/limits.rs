@@ -48,7 +48,7 @@ pub struct Bounds {
     pub caller_in_flight_max: u32,
     /// Calls a second from one address.
     pub address_rate_max: u32,
-    /// Credentials a second, from one address, that are wrong or have to be looked up.
+    /// Credentials a second, from one address, that are wrong or need a key that has to be fetched.
     pub credential_rate_max: u32,
     /// Checks a second of one caller.
     pub caller_rate_max: u32,
@@ -265,7 +265,7 @@ impl Limits {
         }
     }
 
-    /// Counts a credential that is wrong or has to be looked up. What is known to be right is not held against it, so
+    /// Counts a credential that is wrong or needs a key that has to be fetched. What is known to be right is not held against it, so
     /// that a stranger locks nobody out who shares its address.
     ///
     /// # Errors
@@ -275,6 +275,18 @@ impl Limits {
             Some(address) => self.take_of_address(Limit::Credentials, &self.credentials, address),
             None => Ok(()),
         }
+    }
+
+    /// Whether a credential may be looked at that may turn out to be wrong; counts nothing.
+    ///
+    /// # Errors
+    /// When the address has had its share.
+    pub fn may_try_credential(&self, address: Option<IpAddr>) -> Result<(), Refusal> {
+        let Some(address) = address else {
+            return Ok(());
+        };
+        let key = self.hashes.hash_one(forwarded::network(address));
+        self.took(Limit::Credentials, self.credentials.has_one(key))
     }
 
     /// Takes one of the caller's own places, of its address's where nobody has to say who it is. So a caller that sends

@@ -125,11 +125,12 @@ impl ApiKeys {
                 Authentication::Known(known.admit(key, arrived))
             }
             Some(_) => {
+                // In an outage the last look has decided, for everybody.
                 let outcome = *self.0.outcome.borrow();
-                match self.answer_after(outcome, &sent, arrived) {
-                    Some(answer) => Authentication::Known(answer),
-                    None => Authentication::Confirming(self.clone().confirm(sent, arrived).boxed()),
-                }
+                self.answer_after(outcome, &sent, arrived).map_or_else(
+                    || Authentication::Pending(self.clone().confirm(sent, arrived).boxed()),
+                    Authentication::Known,
+                )
             }
         }
     }

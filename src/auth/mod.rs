@@ -1,7 +1,8 @@
 //! Who calls, and what it may do: a credential becomes a [`Caller`], a path becomes a [`access::Need`].
 //!
-//! Invariant: nothing here fails open. What is absent, wrong, expired, revoked or cannot be looked up is an error, and a
-//! bearer credential that is wrong is refused even where a certificate would do.
+//! Invariant: nothing here fails open. What is absent, wrong, expired, revoked or cannot be looked up is an error, and
+//! a bearer credential that is wrong is refused even where a certificate would do. Nobody's is looked at where nobody has
+//! to say who it is: by [`Authenticator::open`], and for calls that need nothing ([`access::Need::Nothing`]).
 
 pub mod access;
 pub mod api_key;
@@ -21,7 +22,12 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, header::AUTHORIZATION};
 use thiserror::Error;
 
-use self::{api_key::PREFIX, certificates::Certificates, keys::ApiKeys, tokens::Tokens};
+use self::{
+    api_key::PREFIX,
+    certificates::Certificates,
+    keys::ApiKeys,
+    tokens::{Tokens, Unverified},
+};
 use crate::model::{OrganizationId, Subject, UserId};
 
 /// What a caller may do. Which call needs which is in [`access`].
@@ -292,10 +298,10 @@ pub struct Peer {
 /// The outcome of a look at a credential: at once wherever nothing has to be fetched.
 pub enum Authentication {
     Known(Result<Arc<Caller>, AuthError>),
-    /// The credential is right as far as memory goes, which is too old to be believed by itself.
-    Confirming(BoxFuture<'static, Result<Arc<Caller>, AuthError>>),
-    /// Something must be fetched that anybody can ask for.
+    /// Something has to be fetched, for the holder of a credential; for a stranger only by [`Unverified::verify`].
     Pending(BoxFuture<'static, Result<Arc<Caller>, AuthError>>),
+    /// Whoever sends it is a stranger so far, and to find out more is work.
+    Unverified(Unverified),
 }
 
 /// Knows callers by what they send, in every way that the service was told to accept; by default in none.

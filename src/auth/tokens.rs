@@ -1,7 +1,8 @@
 //! JSON Web Tokens (RFC 7519): a token that the issuer signed becomes a caller.
 //!
-//! A request's way: the token's digest leads to what was verified before; else its key is looked up, its signature and
-//! claims are checked, and the grants say what it may do. A key that is unknown is asked for, within a bound of time.
+//! A request's way: the token's digest leads to what was verified before; else, if its address may try, its key is looked
+//! up, its signature and claims are checked, and the grants say what it may do. A key that is unknown is asked for, within
+//! a bound of time.
 //!
 //! Invariant: nothing that a token says is believed before its signature fits, and its header chooses nothing but the
 //! key. Keys that nobody has confirmed for [`Pace::age_max`] verify nothing.
@@ -22,7 +23,7 @@ use tokio::{
     time::timeout,
 };
 
-pub use self::key_source::{HttpClient, KeySource};
+pub use self::key_source::{HttpClient, KeySource, shown};
 use self::{
     claims::Claim,
     key_set::{Key, KeySet, Verified},
@@ -124,6 +125,25 @@ struct Rounds {
     has_failed: bool,
 }
 
+/// A token that has not been verified yet.
+pub struct Unverified {
+    tokens: Tokens,
+    token: String,
+}
+
+impl Unverified {
+    /// Finds out whose token it is: the work of a signature, or a wait for keys that have to be fetched.
+    #[must_use]
+    pub fn verify(self) -> Authentication {
+        match self.tokens.look_at(&self.token) {
+            Found::Verdict(verdict) => Authentication::Known(verdict),
+            Found::KeyUnknown => Authentication::Pending(
+                async move { self.tokens.wait_for_key(&self.token).await }.boxed(),
+            ),
+        }
+    }
+}
+
 /// What a look at a token finds.
 enum Found {
     Verdict(Result<Arc<Caller>, AuthError>),
@@ -148,38 +168,45 @@ impl Tokens {
         }))
     }
 
-    /// Finds out whose token it is.
+    /// Whose token it is, where that is remembered.
     #[must_use]
     pub fn authenticate(&self, token: &str) -> Authentication {
-        match self.look_at(token) {
-            Found::Verdict(verdict) => Authentication::Known(verdict),
-            Found::KeyUnknown => {
-                let (tokens, token) = (self.clone(), token.to_owned());
-                Authentication::Pending(async move { tokens.wait_for_key(&token).await }.boxed())
-            }
+        if token.len() > TOKEN_BYTES_MAX {
+            return Authentication::Known(Err(refused("it is too long")));
+        }
+        match self.remembered(token) {
+            Some(verdict) => Authentication::Known(verdict),
+            None => Authentication::Unverified(Unverified {
+                tokens: self.clone(),
+                token: token.to_owned(),
+            }),
         }
     }
 
+    fn remembered(&self, token: &str) -> Option<Result<Arc<Caller>, AuthError>> {
+        let believed = self.0.keys.load();
+        let believed = believed.as_deref()?;
+        if BootTime::now().since(believed.confirmed) > self.0.pace.age_max {
+            return Some(Err(AuthError::Unavailable));
+        }
+        let digest = blake3::hash(token.as_bytes());
+        let verified = believed.keys.verified.get(&digest)?;
+        // By the clock by which it was found good.
+        Some(if verified.good_until < get_current_timestamp() {
+            Err(AuthError::Expired)
+        } else {
+            Ok(verified.caller)
+        })
+    }
+
     fn look_at(&self, token: &str) -> Found {
-        if token.len() > TOKEN_BYTES_MAX {
-            return Found::Verdict(Err(refused("it is too long")));
+        if let Some(verdict) = self.remembered(token) {
+            return Found::Verdict(verdict);
         }
         let Some(believed) = &*self.0.keys.load() else {
             return Found::KeyUnknown;
         };
-        if BootTime::now().since(believed.confirmed) > self.0.pace.age_max {
-            return Found::Verdict(Err(AuthError::Unavailable));
-        }
         let keys = &believed.keys;
-        let digest = blake3::hash(token.as_bytes());
-        if let Some(verified) = keys.verified.get(&digest) {
-            // By the clock by which it was found good.
-            return Found::Verdict(if verified.good_until < get_current_timestamp() {
-                Err(AuthError::Expired)
-            } else {
-                Ok(verified.caller)
-            });
-        }
         let Some(header) = decode_header(token).ok().filter(is_understood) else {
             return Found::Verdict(Err(refused("its header is not understood")));
         };
@@ -190,6 +217,7 @@ impl Tokens {
             return Found::KeyUnknown;
         };
         Found::Verdict(verify(token, key, &self.0.rules).map(|verified| {
+            let digest = blake3::hash(token.as_bytes());
             keys.verified.insert(digest, verified.clone());
             verified.caller
         }))

@@ -11,7 +11,7 @@ use crate::{
         certificates::Certificates,
         grants::Grants,
         keys::{ApiKeys, Timing},
-        tokens::{KeySource, LEEWAY_MAX, Pace, TokenRules, Tokens},
+        tokens::{KeySource, LEEWAY_MAX, Pace, TokenRules, Tokens, shown},
     },
     config::{AuthMethod, IdentitySettings, KEY_USE_INTERVAL, PepperSettings, ServeSettings},
 };
@@ -63,7 +63,7 @@ fn tokens(settings: &IdentitySettings, grants: Grants) -> anyhow::Result<Option<
     );
     let source = KeySource::new(jwks, settings.jwt_jwks_ca.as_deref());
     let source =
-        source.map_err(|error| anyhow!("--jwt-jwks `{}`: {error}", jwks.escape_debug()))?;
+        source.map_err(|error| anyhow!("--jwt-jwks `{}`: {error}", shown(jwks).escape_debug()))?;
     let rules = TokenRules {
         issuer: issuer.to_owned(),
         audience: audience.to_owned(),

@@ -18,8 +18,9 @@ use crate::{
     auth::{
         AuthError, Authentication, Authenticator, Caller, Peer,
         access::{self, Need},
+        tokens::Unverified,
     },
-    limits::Limits,
+    limits::{Limits, Refusal},
 };
 
 /// Puts the gate in front of a service.
@@ -77,15 +78,16 @@ where
         };
         let nobody = Peer::default();
         let peer = request.extensions().get::<Peer>().unwrap_or(&nobody);
-        let authentication = self.authenticator.authenticate(request.headers(), peer);
-        if let Authentication::Pending(_) = authentication {
-            // Before anything is fetched for a stranger.
-            let address = limit::client_address(&self.limits, &request);
-            if let Err(refusal) = self.limits.credential(address) {
-                return refuse(status::refused(refusal));
-            }
-        }
-        match authentication {
+        let found = match self.authenticator.authenticate(request.headers(), peer) {
+            Authentication::Unverified(token) => match self.verify(token, &request) {
+                Ok(found) => found,
+                Err(refusal) => return refuse(status::refused(refusal)),
+            },
+            found => found,
+        };
+        match found {
+            // It has been verified above, or refused.
+            Authentication::Unverified(_) => refuse(status::unauthenticated(AuthError::Invalid)),
             Authentication::Known(caller) => {
                 match caller
                     .map_err(|error| self.unauthenticated(error, &request))
@@ -98,7 +100,7 @@ where
                     Err(status) => refuse(status),
                 }
             }
-            Authentication::Confirming(caller) | Authentication::Pending(caller) => {
+            Authentication::Pending(caller) => {
                 // The service that was said to be ready is the one to call.
                 let ready = self.inner.clone();
                 let mut inner = std::mem::replace(&mut self.inner, ready);
@@ -119,6 +121,21 @@ where
 }
 
 impl<S> Gate<S> {
+    /// Does a stranger's work within the bound of its address: a fetch is held against it, a token that is good is not.
+    fn verify<B>(
+        &self,
+        token: Unverified,
+        request: &Request<B>,
+    ) -> Result<Authentication, Refusal> {
+        let address = limit::client_address(&self.limits, request);
+        self.limits.may_try_credential(address)?;
+        let found = token.verify();
+        if matches!(found, Authentication::Pending(_)) {
+            self.limits.credential(address)?;
+        }
+        Ok(found)
+    }
+
     /// A wrong credential is held against its address; none at all costs nothing.
     fn unauthenticated<B>(&self, error: AuthError, request: &Request<B>) -> Status {
         let counted = match error {

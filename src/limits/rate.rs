@@ -22,8 +22,15 @@ type Instant = <MonotonicClock as Clock>::Instant;
 pub(super) struct Rate(Option<Limited>);
 
 struct Limited {
-    limiter: RateLimiter<u64, Sketch, MonotonicClock, NoOpMiddleware<Instant>>,
+    limiter: RateLimiter<Asked, Sketch, MonotonicClock, NoOpMiddleware<Instant>>,
     burst: NonZeroU32,
+}
+
+/// A key, and whether its cells are taken or only asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Asked {
+    key: u64,
+    takes: bool,
 }
 
 struct Sketch {
@@ -50,11 +57,23 @@ impl Rate {
     /// # Errors
     /// How long until they are there.
     pub(super) fn take(&self, key: u64, cells: u32) -> Result<(), Duration> {
+        self.ask(Asked { key, takes: true }, cells)
+    }
+
+    /// Whether a cell is there; takes none.
+    ///
+    /// # Errors
+    /// How long until it is.
+    pub(super) fn has_one(&self, key: u64) -> Result<(), Duration> {
+        self.ask(Asked { key, takes: false }, 1)
+    }
+
+    fn ask(&self, asked: Asked, cells: u32) -> Result<(), Duration> {
         let (Some(Limited { limiter, burst }), Some(cells)) = (&self.0, NonZeroU32::new(cells))
         else {
             return Ok(());
         };
-        match limiter.check_key_n(&key, cells.min(*burst)) {
+        match limiter.check_key_n(&asked, cells.min(*burst)) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(until)) => Err(wait(&until, limiter.clock())),
             // More than the burst, which it is not.
@@ -68,18 +87,30 @@ fn wait(until: &NotUntil<Instant>, clock: &MonotonicClock) -> Duration {
 }
 
 impl StateStore for Sketch {
-    type Key = u64;
+    type Key = Asked;
 
-    fn measure_and_replace<T, F, E>(&self, key: &u64, decide: F) -> Result<T, E>
+    fn measure_and_replace<T, F, E>(&self, asked: &Asked, decide: F) -> Result<T, E>
     where
         F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
     {
         let [first, second] = &self.rows;
-        let [a, b, c, d, ..] = key.to_le_bytes();
+        let [a, b, c, d, ..] = asked.key.to_le_bytes();
         let slot = |low, high| usize::from(u16::from_le_bytes([low, high]));
         // Both are asked always, so that they count the same.
-        let first = first[slot(a, b)].measure_and_replace(&NotKeyed::NonKey, &decide);
-        let second = second[slot(c, d)].measure_and_replace(&NotKeyed::NonKey, &decide);
+        let rows = [&first[slot(a, b)], &second[slot(c, d)]].map(|slot| {
+            if asked.takes {
+                slot.measure_and_replace(&NotKeyed::NonKey, &decide)
+            } else {
+                // An error replaces nothing.
+                let answer: Result<(), _> =
+                    slot.measure_and_replace(&NotKeyed::NonKey, |state| Err(decide(state)));
+                answer.map_or_else(
+                    |decided| decided.map(|(answer, _)| answer),
+                    |()| unreachable!(),
+                )
+            }
+        });
+        let [first, second] = rows;
         first.or(second)
     }
 }
@@ -99,6 +130,14 @@ mod tests {
         // All or none: what does not fit took nothing.
         let longer = rate.take(7, 3).unwrap_err();
         assert!(longer > wait, "{longer:?}");
+    }
+
+    #[test]
+    fn who_asks_whether_a_cell_is_there_takes_none() {
+        let rate = Rate::a_second(2);
+        assert!((0..10).all(|_| rate.has_one(7).is_ok()));
+        assert_eq!(rate.take(7, 2), Ok(()));
+        assert!(rate.has_one(7).is_err());
     }
 
     #[test]

@@ -330,10 +330,13 @@ fn client_roots(
         .map_err(|error| error.to_string())
 }
 
-/// The URI names in a certificate, and then the DNS names; read by what has verified it.
+/// The URI names in a certificate, and then the DNS names; read by what has verified it. Both are names to a grant: a URI
+/// without `://` could pass for a DNS name, and is not taken.
 fn names(certificate: &CertificateDer<'_>) -> Result<Arc<[Box<str>]>, webpki::Error> {
     let certificate = EndEntityCert::try_from(certificate)?;
-    let uris = certificate.valid_uri_names();
+    let uris = certificate
+        .valid_uri_names()
+        .filter(|uri| uri.contains("://"));
     Ok(uris
         .chain(certificate.valid_dns_names())
         .map(Box::from)

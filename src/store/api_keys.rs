@@ -1,6 +1,7 @@
 //! API keys as PostgreSQL keeps them: what the service reads and records, what `hallpass keys` makes, lists and revokes.
 //!
-//! Invariant: keys and their edition are read in one snapshot, and no secret ever comes here, only its hash.
+//! Invariant: keys and their edition are read in one snapshot; an edition that nothing would have changed is none; and no
+//! secret ever comes here, only its hash.
 
 use std::time::{Duration, SystemTime};
 
@@ -17,7 +18,11 @@ const KEYS_MAX: i64 = 10_000;
 
 /// Which state of the keys was seen; two that are equal are the same keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Edition(Uuid);
+pub struct Edition {
+    drawn: Uuid,
+    /// The transaction that last touched the trigger that draws it: keys may have changed while it was disabled.
+    trigger: i64,
+}
 
 /// What a poll says: the edition, and the database's clock while it was read.
 #[derive(Clone, Copy, Debug)]
@@ -104,17 +109,17 @@ impl From<tokio_postgres::Error> for KeysError {
     }
 }
 
-/// No row where changes of the keys go unnoticed: then memory is not renewed, and believed no longer than its bound.
+/// No row while the trigger that draws editions may not fire.
 const POLL: &str = "
-SELECT pg_is_in_recovery(), edition, clock_timestamp()
-FROM hallpass.api_keys_edition
-WHERE EXISTS (SELECT FROM pg_trigger
-              WHERE tgrelid = 'hallpass.api_keys'::regclass AND tgname = 'api_keys_changed' AND tgenabled = 'A')";
+SELECT pg_is_in_recovery(), e.edition, clock_timestamp(), t.xmin::text::bigint
+FROM hallpass.api_keys_edition e
+JOIN pg_trigger t ON t.tgrelid = 'hallpass.api_keys'::regclass AND t.tgname = 'api_keys_changed' AND t.tgenabled = 'A'";
 
 const READ: &str = "
-SELECT pg_is_in_recovery(), e.edition, clock_timestamp(),
+SELECT pg_is_in_recovery(), e.edition, clock_timestamp(), t.xmin::text::bigint,
        k.id, k.hash, k.scopes, k.organization_ids, k.expires_at, k.revoked_at IS NOT NULL
 FROM hallpass.api_keys_edition e
+JOIN pg_trigger t ON t.tgrelid = 'hallpass.api_keys'::regclass AND t.tgname = 'api_keys_changed' AND t.tgenabled = 'A'
 LEFT JOIN (
     SELECT * FROM hallpass.api_keys
     ORDER BY revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()) DESC, created_at DESC
@@ -147,9 +152,9 @@ impl DedicatedConnection {
     /// Which keys there are now.
     ///
     /// # Errors
-    /// When the database is away or a standby.
+    /// When the database is away or a standby, or the trigger that draws editions is not `ENABLE ALWAYS`.
     pub async fn api_keys_state(&self) -> Result<KeysState, StoreError> {
-        decode_state(&self.client.query_one(POLL, &[]).await?)
+        decode_state(self.client.query_opt(POLL, &[]).await?.as_ref())
     }
 
     /// All keys, with the edition that they are.
@@ -158,10 +163,7 @@ impl DedicatedConnection {
     /// As [`DedicatedConnection::api_keys_state`].
     pub async fn api_keys(&self) -> Result<(KeysState, Vec<StoredKey>), StoreError> {
         let rows = self.client.query(READ, &[&KEYS_MAX]).await?;
-        let first = rows
-            .first()
-            .ok_or_else(|| StoreError::Wrong("API keys without an edition".to_owned()))?;
-        let state = decode_state(first)?;
+        let state = decode_state(rows.first())?;
         let keys = rows.iter().filter_map(|row| decode_key(row).transpose());
         Ok((state, keys.collect::<Result<_, _>>()?))
     }
@@ -232,26 +234,35 @@ impl DedicatedConnection {
     }
 }
 
-fn decode_state(row: &Row) -> Result<KeysState, StoreError> {
+fn decode_state(row: Option<&Row>) -> Result<KeysState, StoreError> {
+    let row = row.ok_or_else(|| {
+        StoreError::Wrong(
+            "trigger api_keys_changed on hallpass.api_keys is not ENABLE ALWAYS: no revocation would be heard of"
+                .to_owned(),
+        )
+    })?;
     refuse_standby(row, 0)?;
     Ok(KeysState {
-        edition: Edition(row.try_get(1)?),
+        edition: Edition {
+            drawn: row.try_get(1)?,
+            trigger: row.try_get(3)?,
+        },
         clock: row.try_get(2)?,
     })
 }
 
 /// `None`: there is no key, and the row is there for the edition alone.
 fn decode_key(row: &Row) -> Result<Option<StoredKey>, StoreError> {
-    let Some(id) = row.try_get(3)? else {
+    let Some(id) = row.try_get(4)? else {
         return Ok(None);
     };
-    let organizations: Option<Vec<Uuid>> = row.try_get(6)?;
+    let organizations: Option<Vec<Uuid>> = row.try_get(7)?;
     Ok(Some(StoredKey {
         id,
-        hash: row.try_get(4)?,
-        scopes: row.try_get(5)?,
+        hash: row.try_get(5)?,
+        scopes: row.try_get(6)?,
         organizations: organizations.map(|ids| ids.into_iter().map(OrganizationId).collect()),
-        expires_at: row.try_get(7)?,
-        is_revoked: row.try_get(8)?,
+        expires_at: row.try_get(8)?,
+        is_revoked: row.try_get(9)?,
     }))
 }

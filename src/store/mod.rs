@@ -227,8 +227,8 @@ impl DedicatedConnection {
 /// Connections that answer misses. More would not help: a load is CPU of the database, and misses share statements.
 pub const MISS_CONNECTIONS_MAX: usize = 8;
 
-/// Connections beside these for short questions, so that no load waits behind them: two about positions, one about health,
-/// one about whether the database is away when the API keys cannot be read.
+/// Connections beside these for short questions, so that no load waits behind them: two about positions, one
+/// about health, and one about whether the database is away when API keys cannot be read.
 const ASIDE_CONNECTIONS_MAX: usize = 4;
 
 /// Connections that answer what people ask for: explained checks, lists and counts. Few, and none of them a miss's.

@@ -208,8 +208,8 @@ fn said(authenticator: &Authenticator, names: &[&str], credential: Option<&str>)
             words.join(" ")
         }
         Authentication::Known(Err(error)) => error.to_string(),
-        Authentication::Confirming(_) => "confirming".to_owned(),
         Authentication::Pending(_) => "pending".to_owned(),
+        Authentication::Unverified(_) => "unverified".to_owned(),
     }
 }
 
@@ -280,7 +280,7 @@ fn a_certificate_is_one_caller() {
     let source = KeySource::new("/nowhere", None).unwrap();
     let both = certificates.with_tokens(Tokens::new(rules, source, Pace::default()));
     assert_eq!(said(&both, &[web], Some("Bearer hp_x_y")), INVALID);
-    assert_eq!(said(&both, &[web], Some("Bearer x.y.z")), "pending");
+    assert_eq!(said(&both, &[web], Some("Bearer x.y.z")), "unverified");
     assert_eq!(
         said(&both, &[web], None),
         "certificate:spiffe://district/web check"
@@ -304,11 +304,18 @@ fn keys_come_from_https_this_machine_or_a_file() {
         ("http://127.0.0.1@issuer.example/jwks.json", false),
         ("ftp://127.0.0.1/jwks.json", false),
         ("https://", false),
+        ("https://user:secret@issuer.example/jwks.json", false),
+        ("https://user@issuer.example/jwks.json", false),
     ];
     for (name, is_source) in cases {
         let source = KeySource::new(name, None);
         assert_eq!(source.is_ok(), is_source, "{name}: {:?}", source.err());
     }
+    let source = KeySource::new("https://issuer.example:8443/jwks.json?apikey=secret", None);
+    assert_eq!(
+        source.unwrap().to_string(),
+        "https://issuer.example:8443/jwks.json"
+    );
 }
 
 #[tokio::test]
@@ -364,7 +371,7 @@ async fn serve_says_what_is_wrong_before_anything_starts() {
         (
             &["--auth", "mtls", "--grpc-listen", "unix:/nowhere/socket"],
             &[],
-            "is a Unix socket, which has no TLS",
+            "of no use on a Unix socket, which has no TLS",
         ),
         (
             &["--tls-client-ca", &empty, "--tls-certificate", &empty],
@@ -385,6 +392,15 @@ async fn serve_says_what_is_wrong_before_anything_starts() {
             &jwt,
             &["http://issuer.example/", "--grants", &right],
             "--jwt-jwks `http://issuer.example/`: must be https://",
+        ),
+        (
+            &jwt,
+            &[
+                "https://u:secret@issuer.example/?secret",
+                "--grants",
+                &right,
+            ],
+            "--jwt-jwks `https://issuer.example/`: must not have a user",
         ),
         (
             &jwt,

@@ -215,6 +215,32 @@ async fn a_missing_numbering_is_a_problem_until_it_is_back() {
     assert_eq!(logged_since(&client, head).await, [EVERYTHING]);
 }
 
+/// It makes no decision, so nothing of the log is doubted when it is back.
+#[tokio::test]
+async fn a_trigger_that_tells_of_no_change_of_the_keys_is_a_problem_until_it_does() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    let head = head_seq(&client).await;
+    run(
+        &client,
+        "ALTER TABLE hallpass.api_keys DISABLE TRIGGER api_keys_changed",
+    )
+    .await;
+    assert_eq!(
+        lines(&client, INSPECT).await,
+        [
+            "trigger api_keys_changed on hallpass.api_keys is not ENABLE ALWAYS: changes go unrecorded"
+        ]
+    );
+    run(
+        &client,
+        "ALTER TABLE hallpass.api_keys ENABLE ALWAYS TRIGGER api_keys_changed",
+    )
+    .await;
+    assert_eq!(lines(&client, INSPECT).await, [""; 0]);
+    assert_eq!(logged_since(&client, head).await, [""; 0]);
+}
+
 /// A sequence behind the log would give a number away that the log has, or one below its head.
 #[tokio::test]
 async fn a_numbering_sequence_behind_the_log_is_repaired() {

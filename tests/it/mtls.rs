@@ -76,6 +76,13 @@ async fn a_certificate_lets_in_as_far_as_its_grant_goes() {
             "lincoln",
             "SCOPE_MISSING",
         ),
+        // A URI that could pass for another's DNS name is no name.
+        (
+            client(&["reports.district.example"], &[]),
+            None,
+            "lincoln",
+            "CREDENTIAL_MISSING",
+        ),
         (authority.believed(), None, "lincoln", "CREDENTIAL_MISSING"),
         // What is sent must be right, too.
         (web(), Some("hp_a_b"), "lincoln", "CREDENTIAL_INVALID"),

@@ -9,6 +9,7 @@ use hallpass::{
         grants::Grants,
         tokens::{KeySource, Pace, TokenRules, Tokens},
     },
+    limits::Bounds,
     server::Config,
 };
 use hallpass_client::{
@@ -30,7 +31,7 @@ use crate::{
         sign_with_secret,
     },
     names::id,
-    server::{APPROVE, Server, config, fill, question},
+    server::{APPROVE, Server, bounds, config, fill, question},
 };
 
 /// The grants of every test here.
@@ -78,6 +79,15 @@ async fn start(keys: &str, leeway: Duration, pace: Pace) -> (Database, Server) {
 }
 
 async fn start_from(source: KeySource, leeway: Duration, pace: Pace) -> (Database, Server) {
+    start_within(bounds(), source, leeway, pace).await
+}
+
+async fn start_within(
+    bounds: Bounds,
+    source: KeySource,
+    leeway: Duration,
+    pace: Pace,
+) -> (Database, Server) {
     let database = Database::create().await;
     fill(&database.client().await).await;
     let rules = TokenRules {
@@ -89,6 +99,7 @@ async fn start_from(source: KeySource, leeway: Duration, pace: Pace) -> (Databas
     let tokens = Tokens::new(rules, source, pace);
     let server = Server::start(Config {
         authenticator: Authenticator::default().with_tokens(tokens).into(),
+        bounds,
         ..config(&database.url)
     })
     .await;
@@ -378,6 +389,48 @@ async fn a_token_is_good_when_all_of_it_is() {
     }
     let unasked = server.try_check(question("lincoln", "ann", APPROVE)).await;
     assert_eq!(reason(&unasked.unwrap_err()), "CREDENTIAL_MISSING");
+}
+
+/// A signature is work: an address that sends forged ones gets no more looked at, and those that are good cost nothing.
+#[tokio::test]
+async fn tokens_are_verified_within_the_limit_of_their_address() {
+    const LIMITED: &str = "RATE_LIMITED";
+    let key = SigningKey::rsa("a");
+    let key_server = KeyServer::start(Says::Document(key_set([&key]))).await;
+    let bounds = Bounds {
+        credential_rate_max: 1,
+        ..bounds()
+    };
+    let source = KeySource::new(&key_server.url, None).unwrap();
+    let (_database, server) = start_within(bounds, source, LEEWAY, pace()).await;
+    let token = |id: &str| key.token(&claims(&json!({"jti": id})));
+    // The first may have to wait for the keys, which is counted.
+    let remembered = token("remembered");
+    eventually("the keys are there", async || {
+        ask(&server, &remembered).await == ALLOWED
+    })
+    .await;
+    let good = token("next");
+    eventually("what the keys cost is forgotten", async || {
+        ask(&server, &good).await == ALLOWED
+    })
+    .await;
+    for n in 0..20 {
+        assert_eq!(ask(&server, &token(&n.to_string())).await, ALLOWED);
+    }
+    let forged = SigningKey::rsa("a").token(&claims(&json!({})));
+    let mut round = 0;
+    eventually("nothing is looked at", async || {
+        round += 1;
+        let good = token(&format!("late {round}"));
+        let said = ask(&server, &forged).await;
+        assert!([INVALID, LIMITED].contains(&&*said), "{said}");
+        assert_eq!(ask(&server, &remembered).await, ALLOWED);
+        ask(&server, &good).await == LIMITED
+    })
+    .await;
+    let good = token("last");
+    eventually("it is over", async || ask(&server, &good).await == ALLOWED).await;
 }
 
 #[tokio::test]

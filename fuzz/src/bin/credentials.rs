@@ -59,9 +59,12 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         let (runtime, authenticator) = &**callers;
         let outcome = match authenticator.authenticate(&headers, &Peer::default()) {
             Authentication::Known(outcome) => outcome,
-            Authentication::Confirming(outcome) | Authentication::Pending(outcome) => {
-                runtime.block_on(outcome)
-            }
+            Authentication::Pending(outcome) => runtime.block_on(outcome),
+            Authentication::Unverified(token) => match token.verify() {
+                Authentication::Known(outcome) => outcome,
+                Authentication::Pending(outcome) => runtime.block_on(outcome),
+                Authentication::Unverified(_) => panic!("it was verified"),
+            },
         };
         assert!(outcome.is_err(), "{outcome:?}");
     });

@@ -51,6 +51,15 @@ impl KeySource {
             return Ok(Self::File(name.into()));
         }
         let uri: Uri = name.parse().map_err(|_| "is not a URL".to_owned())?;
+        if uri
+            .authority()
+            .is_some_and(|host| host.as_str().contains('@'))
+        {
+            return Err(
+                "must not have a user or a password in it: nothing would be done with them"
+                    .to_owned(),
+            );
+        }
         let is_encrypted = match uri.scheme_str() {
             Some("https") => true,
             Some("http") if is_loopback(&uri) => false,
@@ -79,10 +88,21 @@ impl KeySource {
 impl fmt::Display for KeySource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Url(uri, _) => write!(f, "{uri}"),
+            Self::Url(uri, _) => f.write_str(&shown(&uri.to_string())),
             Self::File(path) => write!(f, "{}", path.display()),
         }
     }
+}
+
+/// A source's name as logs and errors have it: of a URL scheme, host, port and path. The rest may hold a secret.
+#[must_use]
+pub fn shown(name: &str) -> String {
+    let Some((scheme, rest)) = name.split_once("://") else {
+        return name.to_owned();
+    };
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
+    let rest = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
+    format!("{scheme}://{rest}")
 }
 
 fn is_loopback(uri: &Uri) -> bool {

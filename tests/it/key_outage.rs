@@ -31,16 +31,18 @@ const SHORT: Timing = Timing {
     ..TIMING
 };
 
-/// Asks until the answer is another than the last; returns when that one was asked for, and what it is.
+/// Asks until the answer is another; returns when the last one that was not was asked for, and what it is then.
 async fn while_said(server: &Server, key: &str, expected: &str) -> (Instant, String) {
     let began = Instant::now();
+    let mut last = began;
     loop {
         let asked = Instant::now();
         assert!(asked.duration_since(began) < PATIENCE, "still `{expected}`");
         let said = with_key(server, key).await;
         if said != expected {
-            return (asked, said);
+            return (last, said);
         }
+        last = asked;
     }
 }
 

@@ -175,6 +175,31 @@ impl ApiKeys {
         }
     }
 
+    /// Knows the keys of these rows and no others, as the database had them when it was asked at `sent_at`, or later.
+    pub fn take(&self, stored: Vec<StoredKey>, state: KeysState, sent_at: BootTime) {
+        let keys: HashMap<_, _> = stored
+            .into_iter()
+            .filter_map(|stored| Key::new(stored, &self.0.pepper))
+            .collect();
+        let known = self.0.known.load();
+        // A use that is noted meanwhile is lost; the next one is not.
+        for (id, key) in &keys {
+            let before = known.as_deref().and_then(|known| known.keys.get(id));
+            let used_at = before.map_or(0, |key| key.used_at.load(Ordering::Relaxed));
+            key.used_at.store(used_at, Ordering::Relaxed);
+        }
+        self.remember(Arc::new(keys), state, sent_at);
+    }
+
+    fn remember(&self, keys: Arc<HashMap<KeyId, Key>>, state: KeysState, sent_at: BootTime) {
+        let known = Known {
+            keys,
+            state,
+            sent_at,
+        };
+        self.0.known.store(Some(Arc::new(known)));
+    }
+
     /// Returns when the keys have been read for the first time.
     pub async fn read(&self) {
         let mut outcome = self.0.outcome.subscribe();

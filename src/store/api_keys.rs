@@ -16,8 +16,8 @@ use crate::model::OrganizationId;
 /// are not valid any more the newest are read too, as far as there is room, so that their callers hear why.
 const KEYS_MAX: i64 = 10_000;
 
-/// Which state of the keys was seen; two that are equal are the same keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which state of the keys was seen; two that are equal are the same keys. The default is no database's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Edition {
     drawn: Uuid,
     /// The transaction that last touched the trigger that draws it: keys may have changed while it was disabled.

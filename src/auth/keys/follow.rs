@@ -4,7 +4,6 @@
 //! database is away before a second connection and the pool have been tried.
 
 use std::{
-    collections::HashMap,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -14,10 +13,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{ApiKeys, Key, KeyId, Known, Outcome};
+use super::{ApiKeys, Outcome};
 use crate::{
     model::BootTime,
-    store::{DatabaseUrl, DedicatedConnection, Store, StoreError, api_keys::KeysState},
+    store::{DatabaseUrl, DedicatedConnection, Store, StoreError},
 };
 
 /// How often the database is asked whether the keys are still the same, where the staleness bound is not so short that
@@ -136,34 +135,15 @@ impl Follower {
         if let Some(known) = known.as_deref()
             && known.state.edition == state.edition
         {
-            self.remember(Arc::clone(&known.keys), state, sent_at);
+            let keys = Arc::clone(&known.keys);
+            self.keys.remember(keys, state, sent_at);
             return Ok(());
         }
         let sent_at = BootTime::now();
         let (state, stored) = within(READ_WAIT_MAX, connection.api_keys()).await?;
-        let pepper = &self.keys.0.pepper;
-        let keys: HashMap<_, _> = stored
-            .into_iter()
-            .filter_map(|stored| Key::new(stored, pepper))
-            .collect();
-        // A use that is noted meanwhile is lost; the next one is not.
-        for (id, key) in &keys {
-            let before = known.as_deref().and_then(|known| known.keys.get(id));
-            let used_at = before.map_or(0, |key| key.used_at.load(Ordering::Relaxed));
-            key.used_at.store(used_at, Ordering::Relaxed);
-        }
-        tracing::info!(keys = keys.len(), "read the API keys");
-        self.remember(Arc::new(keys), state, sent_at);
+        tracing::info!(keys = stored.len(), "read the API keys");
+        self.keys.take(stored, state, sent_at);
         Ok(())
-    }
-
-    fn remember(&self, keys: Arc<HashMap<KeyId, Key>>, state: KeysState, sent_at: BootTime) {
-        let known = Known {
-            keys,
-            state,
-            sent_at,
-        };
-        self.keys.0.known.store(Some(Arc::new(known)));
     }
 
     /// What cannot be recorded is tried again with what comes to it: nobody waits for it.

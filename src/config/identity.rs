@@ -12,7 +12,7 @@ const DEFAULT_JWT_LEEWAY: &str = "30s";
 /// Whose tokens are good here, and what tokens and certificates may do.
 #[derive(Args, Clone, Debug)]
 pub struct IdentitySettings {
-    /// Accept tokens whose `iss` is this; https://REF.supabase.co/auth/v1 for Supabase
+    /// Accept tokens whose `iss` is this: `https://REF.supabase.co/auth/v1` for Supabase
     #[arg(long, env = "HALLPASS_JWT_ISSUER")]
     pub jwt_issuer: Option<String>,
 

@@ -152,7 +152,7 @@ impl AuditQuery<'_> {
         blake3::hash(filter.as_bytes()).to_hex()[..32].to_owned()
     }
 
-    /// The token of the page behind `key`. Not signed, as [`PagedQuery::token`].
+    /// The token of the page behind `key`. Not signed, as those of other lists.
     pub(in crate::grpc) fn token(&self, key: ListKey) -> String {
         let since_epoch = key.transaction_time.duration_since(SystemTime::UNIX_EPOCH);
         // PostgreSQL's times are whole microseconds.

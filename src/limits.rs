@@ -60,6 +60,9 @@ pub struct Bounds {
     pub stream_age_max: Option<Duration>,
 }
 
+/// What an answer may weigh that counts as one call; a heavier one is so many calls, for as long as it is not taken.
+const ANSWER_BYTES_A_PLACE: usize = 16 << 10;
+
 /// What can be exceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
@@ -174,7 +177,7 @@ pub struct Limits {
 
 /// A place among the requests in flight, or among the watches of health; given back when it is dropped.
 pub struct Place {
-    _permit: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
     _share: Option<Share>,
 }
 
@@ -242,7 +245,7 @@ impl Limits {
     fn place(&self, places: &Arc<Semaphore>, share: Option<Share>) -> Result<Place, Refusal> {
         match Arc::clone(places).try_acquire_owned() {
             Ok(permit) => Ok(Place {
-                _permit: permit,
+                permit,
                 _share: share,
             }),
             Err(_) => {
@@ -250,6 +253,42 @@ impl Limits {
                 Err(Refusal::Overloaded)
             }
         }
+    }
+
+    /// Takes the further places that an answer of this size needs until it is taken, or those that are left.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn weigh(&self, place: &mut Place, answer_bytes: usize) -> Result<(), Refusal> {
+        let places = further_places(answer_bytes);
+        if places == 0 {
+            return Ok(());
+        }
+        let semaphore = Arc::clone(place.permit.semaphore());
+        let left = u32::try_from(semaphore.available_permits()).unwrap_or(u32::MAX);
+        match semaphore.try_acquire_many_owned(places.min(left).max(1)) {
+            Ok(permits) => {
+                place.permit.merge(permits);
+                Ok(())
+            }
+            Err(_) => {
+                self.tally.refused(Limit::InFlight);
+                Err(Refusal::Overloaded)
+            }
+        }
+    }
+
+    /// Takes the further places of the caller's own that an answer of this size needs until it is taken.
+    ///
+    /// # Errors
+    /// When the caller had more than its own already.
+    pub fn weigh_share(&self, share: &mut Share, answer_bytes: usize) -> Result<(), Refusal> {
+        let places = further_places(answer_bytes);
+        if places == 0 || share.grow(places) {
+            return Ok(());
+        }
+        self.tally.refused(Limit::CallerInFlight);
+        Err(Refusal::TooManyAtOnce)
     }
 
     /// Counts a call from an address. A loopback address tells nobody from anybody, and has no limit.
@@ -385,4 +424,9 @@ impl Limits {
             Refusal::TooMany { limit, retry_after }
         })
     }
+}
+
+/// Beyond the call's own place.
+fn further_places(answer_bytes: usize) -> u32 {
+    u32::try_from(answer_bytes / ANSWER_BYTES_A_PLACE).unwrap_or(u32::MAX)
 }

@@ -1,16 +1,20 @@
 //! Three times what the service can do, offered whether or not it answers.
 
-use std::time::Duration;
+use std::{thread, time::Duration};
 
 use hdrhistogram::Histogram;
+use rustix::thread::sched_setaffinity;
 
 use crate::{
     load::{self, Pace},
-    service::{Question, Result, Service},
+    service::{self, Question, Result, Service},
 };
 
-/// Calls at once that find the peak: enough to keep both cores and the database busy.
-const AT_ONCE: usize = 128;
+/// The service's. With the load on the same core, a refusal waits for whoever is to read it.
+const SERVICE_CORE: usize = 0;
+
+/// Calls at once that find the peak: nearly as many as one caller may have.
+const AT_ONCE: usize = 240;
 
 const PEAK: Duration = Duration::from_secs(4);
 const OVERLOAD: Duration = Duration::from_secs(6);
@@ -20,12 +24,18 @@ const GOODPUT_MIN: f64 = 0.8;
 
 const REFUSED_IN_MAX: Duration = Duration::from_millis(5);
 
+/// Keeps this process, and what it starts, off the service's core.
+pub(crate) fn leave_a_core_to_the_service() -> Result<()> {
+    let others = 0..thread::available_parallelism()?.get();
+    let others = service::cores(others.filter(|core| *core != SERVICE_CORE));
+    sched_setaffinity(None, &others)?;
+    Ok(())
+}
+
 /// Prints what became of it; returns whether all that is asked for held.
 pub(crate) async fn run(service: &Service) -> Result<bool> {
-    println!(
-        "the load is made on the same {} cores: what making it costs, the service does not have",
-        std::thread::available_parallelism()?
-    );
+    service.pin(SERVICE_CORE)?;
+    println!("the service has one core; the database and who makes the load have the others");
     println!(
         "{:10}{:>9}{:>9}{:>9}{:>9}{:>10}{:>24}{:>24}{:>12}",
         "per second",

@@ -17,7 +17,10 @@ use hallpass_client::{
 };
 use hdrhistogram::Histogram;
 use prost::Message;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    process::{Pid, Signal, kill_process},
+    thread::{CpuSet, sched_setaffinity},
+};
 use tokio::{
     task::JoinSet,
     time::{MissedTickBehavior, interval, timeout},
@@ -46,12 +49,12 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// Fills a private database with the demo's district and serves it.
-    pub(crate) async fn start(data_dir: &Path, settings: &[&str]) -> Result<Self> {
-        let process = Command::new(env!("CARGO_BIN_EXE_hallpass"))
+    /// Fills a private database with the demo's district and serves it, both with so much less claim to a core.
+    pub(crate) async fn start(data_dir: &Path, niceness: &str) -> Result<Self> {
+        let process = Command::new("nice")
+            .args(["-n", niceness, env!("CARGO_BIN_EXE_hallpass")])
             .args(["demo", "--grpc-listen", LISTEN, "--data-dir"])
             .arg(data_dir)
-            .args(settings)
             .env("RUST_LOG", "error")
             .stdout(Stdio::null())
             .spawn()?;
@@ -67,6 +70,16 @@ impl Service {
         }
         service.members = members(data_dir).await?.into();
         Ok(service)
+    }
+
+    /// Gives the service a core of its own; whoever started it stays on the others.
+    pub(crate) fn pin(&self, core: usize) -> Result<()> {
+        let core = cores([core]);
+        for thread in std::fs::read_dir(format!("/proc/{}/task", self.process.id()))? {
+            let thread = thread?.file_name().to_string_lossy().parse()?;
+            sched_setaffinity(Pid::from_raw(thread), &core)?;
+        }
+        Ok(())
     }
 
     /// What the process holds in memory, in megabytes.
@@ -107,6 +120,14 @@ impl Drop for Service {
         }
         drop(self.process.wait());
     }
+}
+
+pub(crate) fn cores(cores: impl IntoIterator<Item = usize>) -> CpuSet {
+    let mut set = CpuSet::new();
+    for core in cores {
+        set.set(core);
+    }
+    set
 }
 
 async fn is_serving() -> bool {

@@ -19,7 +19,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use tokio::{
-    runtime::Runtime,
+    runtime::{Builder, Runtime},
     signal::unix::{SignalKind, signal},
 };
 
@@ -50,7 +50,7 @@ enum Command {
 pub fn run() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     log::start();
-    Runtime::new()?.block_on(async {
+    runtime()?.block_on(async {
         match cli.command {
             Command::Serve(command) => command.run().await,
             Command::Demo(command) => command.run().await,
@@ -62,6 +62,15 @@ pub fn run() -> anyhow::Result<ExitCode> {
             Command::Keys(command) => command.run().await,
         }
     })
+}
+
+/// Tasks that one core cannot take wait in a queue for all cores. Left to itself, tokio looks there once in about sixty
+/// tasks, and under overload those it moved there, whole connections with their calls, wait for seconds while others' are answered at once.
+fn runtime() -> io::Result<Runtime> {
+    Builder::new_multi_thread()
+        .enable_all()
+        .global_queue_interval(1)
+        .build()
 }
 
 /// Writes a long answer. Whoever has read enough of it, as `head` has, has been answered.

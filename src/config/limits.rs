@@ -11,9 +11,9 @@ use crate::limits::Bounds;
 /// More than wait for the database at most, so that cached answers are given beside them; as checks, 100 MB of buffers.
 const DEFAULT_REQUESTS_IN_FLIGHT_MAX: usize = 5_000;
 
-/// A fifth of them: four more can do the same before anybody else is turned away. A caller with 10,000 checks a second
-/// that take 10 ms each has 100.
-const DEFAULT_CALLER_IN_FLIGHT_MAX: u32 = 1_000;
+/// A twentieth of them. A caller with 10,000 checks a second that take 10 ms each has 100; one that offers more than the
+/// database can answer waits for no more than these, and hears of the others at once.
+const DEFAULT_CALLER_IN_FLIGHT_MAX: u32 = 250;
 
 /// A service that makes thousands of checks a second has room; one that has lost its mind leaves the others a core.
 const DEFAULT_CALLER_RATE_MAX: u32 = 20_000;

@@ -18,6 +18,7 @@ use std::{
 
 use futures_util::future::{Either, Ready, ready};
 use http::{Extensions, HeaderMap, Request, Response};
+use http_body::Body as _;
 use pin_project_lite::pin_project;
 use tonic::{Code, Status, body::Body};
 use tower::{Layer, Service};
@@ -123,9 +124,16 @@ where
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let mut answer = ready!(this.answer.poll(context));
-        if let (Ok(response), Some(place)) = (&mut answer, this.place.take()) {
-            let messages = mem::take(response.body_mut());
-            *response.body_mut() = Body::new(Held::until_taken(messages, place));
+        if let (Ok(response), Some(mut place)) = (&mut answer, this.place.take()) {
+            // What the caller's share has been told already.
+            let bytes = usize::try_from(response.body().size_hint().lower()).unwrap_or(usize::MAX);
+            match this.limits.weigh(&mut place, bytes) {
+                Ok(()) => {
+                    let messages = mem::take(response.body_mut());
+                    *response.body_mut() = Body::new(Held::until_taken(messages, Some(place)));
+                }
+                Err(refusal) => *response = status::refused(refusal).into_http(),
+            }
         }
         if let Ok(response) = &answer
             && let Some(code) = code(response.headers())
@@ -225,6 +233,9 @@ pin_project! {
         answer: F,
         caller: Option<Arc<Caller>>,
         share: Option<Share>,
+        // A stream's messages are made as they are taken.
+        is_whole: bool,
+        limits: Arc<Limits>,
     }
 }
 
@@ -254,9 +265,11 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         // Without a caller, a call that is open to everybody; a handler that needs one refuses it.
         let caller = request.extensions().get::<Arc<Caller>>().cloned();
-        let share = caller
-            .as_ref()
-            .map_or(Ok(None), |caller| self.share(caller, &request));
+        let method = Method::of(request.uri().path());
+        let is_whole = method.answer == Answer::Message;
+        let share = caller.as_ref().map_or(Ok(None), |caller| {
+            self.share(caller, method.class, &request)
+        });
         let (answer, share) = match share {
             Ok(share) => (Either::Left(self.inner.call(request)), share),
             Err(refusal) => {
@@ -268,13 +281,19 @@ where
             answer,
             caller,
             share,
+            is_whole,
+            limits: Arc::clone(&self.limits),
         }
     }
 }
 
 impl<S> Shared<S> {
-    fn share<B>(&self, caller: &Caller, request: &Request<B>) -> Result<Option<Share>, Refusal> {
-        let class = Method::of(request.uri().path()).class;
+    fn share<B>(
+        &self,
+        caller: &Caller,
+        class: Class,
+        request: &Request<B>,
+    ) -> Result<Option<Share>, Refusal> {
         self.limits.caller(caller, class)?;
         match class {
             Class::Free => Ok(None),
@@ -295,9 +314,20 @@ where
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let mut answer = ready!(this.answer.poll(context));
-        if let (Ok(response), Some(share)) = (&mut answer, this.share.take()) {
+        if let Ok(response) = &mut answer {
             let messages = mem::take(response.body_mut());
-            *response.body_mut() = Body::new(Held::new(messages, share));
+            let mut held = Held::new(messages, this.share.take());
+            let weighed = if *this.is_whole {
+                let bytes = held.encode(context);
+                let share = held.held_mut();
+                share.map_or(Ok(()), |share| this.limits.weigh_share(share, bytes))
+            } else {
+                Ok(())
+            };
+            match weighed {
+                Ok(()) => *response.body_mut() = Body::new(held),
+                Err(refusal) => *response = status::refused(refusal).into_http(),
+            }
         }
         if let (Ok(response), Some(caller)) = (&mut answer, this.caller.take())
             && code(response.headers()).is_some()

@@ -14,10 +14,11 @@ pub(super) struct Shares {
     max: u32,
 }
 
-/// One of a key's, given back when it is dropped.
+/// One of a key's, or more, given back when it is dropped.
 pub struct Share {
     shares: Arc<Shares>,
     key: u64,
+    places: u32,
 }
 
 impl Shares {
@@ -35,14 +36,17 @@ impl Shares {
         let share = Share {
             shares: Arc::clone(self),
             key,
+            places: 1,
         };
+        self.fits(key, 1, self.max - 1).then_some(share)
+    }
+
+    /// Counts so many more, and says whether there were at most `before_max`.
+    fn fits(&self, key: u64, places: u32, before_max: u32) -> bool {
         let before = self
             .slots(key)
-            .map(|slot| slot.fetch_add(1, Ordering::Relaxed));
-        before
-            .iter()
-            .any(|before| *before < self.max)
-            .then_some(share)
+            .map(|slot| slot.fetch_add(places, Ordering::Relaxed));
+        before.iter().any(|before| *before <= before_max)
     }
 
     fn slots(&self, key: u64) -> [&AtomicU32; 2] {
@@ -53,10 +57,19 @@ impl Shares {
     }
 }
 
+impl Share {
+    /// Takes so many more, past the key's own if need be, so that one call has what it needs however few there are; false when they were exceeded already.
+    #[must_use]
+    pub(super) fn grow(&mut self, places: u32) -> bool {
+        self.places += places;
+        self.shares.fits(self.key, places, self.shares.max)
+    }
+}
+
 impl Drop for Share {
     fn drop(&mut self) {
         for slot in self.shares.slots(self.key) {
-            slot.fetch_sub(1, Ordering::Relaxed);
+            slot.fetch_sub(self.places, Ordering::Relaxed);
         }
     }
 }
@@ -79,6 +92,12 @@ mod tests {
         drop(first);
         assert!(shares.take(7).is_some());
         drop(second);
+        let mut whole = shares.take(7);
+        // The first that exceeds what the key has may; nobody after it.
+        assert!(whole.as_mut().is_some_and(|whole| whole.grow(5)));
+        assert!(shares.take(7).is_none());
+        assert!(whole.as_mut().is_some_and(|whole| !whole.grow(1)));
+        drop(whole);
         let held: u32 = shares
             .rows
             .iter()

@@ -33,6 +33,7 @@ use crate::{
 const PROMPT: Duration = Duration::from_secs(4);
 
 const LIST: &str = "/hallpass.v1.PermissionService/ListUserPermissions";
+const BATCH: &str = "/hallpass.v1.PermissionService/BatchCheckPermissions";
 const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
 
 /// A service with these bounds, for whom the test is a proxy.
@@ -161,6 +162,46 @@ async fn who_takes_no_answer_keeps_its_places() {
             })
             .await;
         }
+        server.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_heavy_answer_counts_as_many_calls() {
+    let request = |item| BatchCheckPermissionsRequest {
+        items: vec![item; 10_000],
+        ..BatchCheckPermissionsRequest::default()
+    };
+    let light = BatchCheckPermissionsItem {
+        organization_id: id("lincoln").to_string(),
+        user_id: id("bob").to_string(),
+        permission: APPROVE.to_owned(),
+    };
+    // About 60 kB as an answer, and more than a megabyte.
+    let light = request(light).encode_to_vec();
+    let heavy = request(BatchCheckPermissionsItem::default()).encode_to_vec();
+    let of_caller = Bounds {
+        caller_in_flight_max: 40,
+        ..bounds()
+    };
+    let of_all = Bounds {
+        requests_in_flight_max: 40,
+        ..bounds()
+    };
+    for (bounds, reason) in [(of_caller, "RATE_LIMITED"), (of_all, "OVERLOADED")] {
+        let (server, _database) = start(bounds).await;
+        let mut client = with_window(&server, 0).await;
+        let address = "198.51.100.1";
+        let one = begin(&server, &mut client, BATCH, address, Some(&light)).await;
+        assert_eq!(refused(&server, address).await, None);
+        // One that weighs more than there is left is answered all the same, for it could never be otherwise.
+        let another = begin(&server, &mut client, BATCH, address, Some(&heavy)).await;
+        assert_eq!(refused(&server, address).await.as_deref(), Some(reason));
+        drop((one, another));
+        eventually("their places are free", async || {
+            refused(&server, address).await.is_none()
+        })
+        .await;
         server.stop().await;
     }
 }

@@ -1,12 +1,15 @@
 //! What a call holds for as long as its answer is under way: given back when the answer has ended or is dropped, not when
 //! it is ready, for an answer that its caller does not take is memory as well.
+//!
+//! An answer is encoded as soon as it is ready, whether or not its caller has made room for it, so that what it weighs is
+//! known before any of it is sent.
 
 use std::{
     pin::Pin,
     task::{Context, Poll},
 };
 
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tonic::{Status, body::Body};
 
@@ -20,6 +23,8 @@ pin_project! {
     pub(super) struct Held<T> {
         #[pin]
         messages: Body,
+        // Encoded already.
+        first: Option<Result<Frame<Data>, Status>>,
         // The last byte of a piece whose other bytes have gone.
         last_byte: Option<Data>,
         holds_back: bool,
@@ -28,23 +33,41 @@ pin_project! {
 }
 
 impl<T> Held<T> {
-    pub(super) fn new(messages: Body, held: T) -> Self {
+    pub(super) fn new(messages: Body, held: Option<T>) -> Self {
         Self {
             messages,
+            first: None,
             last_byte: None,
             holds_back: false,
-            held: Some(held),
+            held,
         }
     }
 
     /// Ends no sooner than the caller has made room for it. A window of one byte is enough for hyper to hand over a
     /// piece of any size to be sent later, and to be done with the answer; so each is followed by its last byte, which
     /// has to wait until there is room for the others.
-    pub(super) fn until_taken(messages: Body, held: T) -> Self {
+    pub(super) fn until_taken(messages: Body, held: Option<T>) -> Self {
         Self {
             holds_back: true,
             ..Self::new(messages, held)
         }
+    }
+
+    /// Encodes the first message, if it is there; returns its bytes.
+    pub(super) fn encode(&mut self, context: &mut Context<'_>) -> usize {
+        if let Poll::Ready(first) = Pin::new(&mut self.messages).poll_frame(context) {
+            self.first = first;
+        }
+        self.first_bytes()
+    }
+
+    fn first_bytes(&self) -> usize {
+        let frame = self.first.as_ref().and_then(|first| first.as_ref().ok());
+        frame.and_then(Frame::data_ref).map_or(0, Data::len)
+    }
+
+    pub(super) fn held_mut(&mut self) -> Option<&mut T> {
+        self.held.as_mut()
     }
 }
 
@@ -60,7 +83,10 @@ impl<T> http_body::Body for Held<T> {
         if let Some(last_byte) = this.last_byte.take() {
             return Poll::Ready(Some(Ok(Frame::data(last_byte))));
         }
-        let polled = this.messages.poll_frame(context);
+        let polled = match this.first.take() {
+            Some(first) => Poll::Ready(Some(first)),
+            None => this.messages.poll_frame(context),
+        };
         match polled {
             Poll::Ready(Some(Ok(frame))) => Poll::Ready(Some(Ok(match frame.into_data() {
                 Ok(mut data) => {
@@ -80,13 +106,15 @@ impl<T> http_body::Body for Held<T> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.last_byte.is_none() && self.messages.is_end_stream()
+        self.first.is_none() && self.last_byte.is_none() && self.messages.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        // One byte is not in it any more.
-        if self.last_byte.is_some() {
-            return SizeHint::default();
+        // A piece or one byte is not in the messages any more.
+        if self.first.is_some() || self.last_byte.is_some() {
+            let mut at_least = SizeHint::default();
+            at_least.set_lower(self.first_bytes() as u64);
+            return at_least;
         }
         self.messages.size_hint()
     }

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderMap;
+use http::{HeaderMap, Request};
 use ipnet::IpNet;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -117,7 +117,7 @@ pub enum Refusal {
 /// What the limits have to know of a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Method {
-    /// Its path; `unknown` for one that nobody serves: what a caller makes up is not logged.
+    /// As in [`access::ACCESS`]; `unknown` for one that nobody serves: what a caller makes up is not logged.
     pub name: &'static str,
     pub class: Class,
     pub answer: Answer,
@@ -136,9 +136,8 @@ pub enum Class {
 
 impl Method {
     #[must_use]
-    pub fn of(path: &str) -> Self {
-        let known = access::ACCESS.iter().find(|(name, ..)| *name == path);
-        let Some((name, need, answer)) = known else {
+    pub fn of<B>(request: &Request<B>) -> Self {
+        let Some((name, need, answer)) = access::row(request) else {
             return Self {
                 name: "unknown",
                 class: Class::List,

@@ -16,6 +16,8 @@ use std::{
     time::Duration,
 };
 
+use axum::Router;
+use futures_util::future::{FutureExt, OptionFuture};
 use thiserror::Error;
 use tokio::{
     sync::watch,
@@ -57,6 +59,7 @@ use crate::{
         permission_service::PermissionService,
         v1,
     },
+    http,
     limits::{Bounds, Limits},
     loader::Loader,
     selfcheck,
@@ -76,6 +79,8 @@ pub struct Config {
     pub authenticator: Arc<Authenticator>,
     /// `None`: TCP is served in plain text.
     pub tls: Option<Arc<Tls>>,
+    /// The same certificate for HTTP, where that is served.
+    pub http_tls: Option<Arc<Tls>>,
     pub connections: Connections,
     pub cache_capacity: u64,
     pub warm_up_max: Duration,
@@ -110,6 +115,12 @@ pub enum ServeError {
     Reflection(#[from] tonic_reflection::server::Error),
     #[error("a task of the service ended: {0}")]
     Task(#[from] JoinError),
+}
+
+/// Where callers come in.
+pub struct Listeners {
+    pub grpc: Listener,
+    pub http: Option<Listener>,
 }
 
 /// The name under which health is asked for.
@@ -149,7 +160,7 @@ const NAME_REQUEST_BYTES_MAX: usize = 4 << 10;
 /// When it cannot start, or a listener fails.
 pub async fn run(
     config: Config,
-    listener: Listener,
+    listeners: Listeners,
     on_ready: impl FnOnce(),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
@@ -181,6 +192,18 @@ pub async fn run(
     let _stop = stop.clone().drop_guard();
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, ServingStatus::NotServing).await;
+    let permissions = Arc::new(PermissionService::new(
+        Arc::clone(&checker),
+        config.staleness_ceiling,
+        Arc::clone(&limits),
+    ));
+    let audit = Arc::new(AuditService::new(
+        Arc::clone(&checker.store),
+        tail.clone(),
+        config.audit,
+        streams.clone(),
+        stop.clone(),
+    ));
     let routes = Routes::new(health_service.max_decoding_message_size(NAME_REQUEST_BYTES_MAX))
         .add_service(
             tonic_reflection::server::Builder::configure()
@@ -190,23 +213,13 @@ pub async fn run(
                 .max_decoding_message_size(NAME_REQUEST_BYTES_MAX),
         )
         .add_service(
-            v1::permission_service_server::PermissionServiceServer::new(PermissionService::new(
-                Arc::clone(&checker),
-                config.staleness_ceiling,
-                Arc::clone(&limits),
-            ))
+            v1::permission_service_server::PermissionServiceServer::from_arc(Arc::clone(&permissions))
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
             .send_compressed(CompressionEncoding::Gzip),
         )
         .add_service(
-            v1::audit_service_server::AuditServiceServer::new(AuditService::new(
-                Arc::clone(&checker.store),
-                tail.clone(),
-                config.audit,
-                streams.clone(),
-                stop.clone(),
-            ))
+            v1::audit_service_server::AuditServiceServer::from_arc(Arc::clone(&audit))
             .accept_compressed(CompressionEncoding::Gzip)
             .send_compressed(CompressionEncoding::Gzip),
         );
@@ -223,22 +236,35 @@ pub async fn run(
     if let Some(tokens) = config.authenticator.tokens() {
         background.spawn(tokens.clone().follow());
     }
-    if let Some(tls) = &config.tls {
+    for tls in config.tls.iter().chain(&config.http_tls) {
         background.spawn(Arc::clone(tls).follow());
     }
-    let mut server = AbortOnDropHandle::new(tokio::spawn(serve(
+    let slots = Slots::new(&config.connections);
+    let acceptor = |listener, tls: &Option<Arc<Tls>>| {
+        let (tls, connections) = (tls.clone(), config.connections.clone());
+        Acceptor::new(listener, tls, connections, Arc::clone(&slots))
+    };
+    let grpc = serve_grpc(
         routes,
         Arc::clone(&config.authenticator),
-        limits,
-        Acceptor::new(
-            listener,
-            config.tls.clone(),
-            config.connections.clone(),
-            Slots::new(&config.connections),
-        ),
+        Arc::clone(&limits),
+        acceptor(listeners.grpc, &config.tls),
         config.connections.clone(),
         stop.clone().cancelled_owned(),
-    )));
+    );
+    let services = http::Services { permissions, audit };
+    let http = listeners.http.map(|listener| {
+        serve_http(
+            http::router(services, Arc::clone(&config.authenticator), limits),
+            acceptor(listener, &config.http_tls),
+            config.connections.clone(),
+            stop.clone().cancelled_owned(),
+        )
+    });
+    let mut server = AbortOnDropHandle::new(tokio::spawn(async {
+        tokio::try_join!(grpc, OptionFuture::from(http).map(Option::transpose))?;
+        Ok(())
+    }));
     let watched = async {
         prepare(&config, &checker.store).await?;
         let ready = spawn_background(&config, &checker, &mut background);
@@ -290,7 +316,7 @@ async fn drain(
     ended?
 }
 
-async fn serve(
+async fn serve_grpc(
     routes: Routes,
     authenticator: Arc<Authenticator>,
     limits: Arc<Limits>,
@@ -298,21 +324,7 @@ async fn serve(
     connections: Connections,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let mut server = Server::builder()
-        .http2_keepalive_interval(Some(connections.keepalive_interval))
-        .http2_keepalive_timeout(Some(connections.keepalive_timeout))
-        .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
-        .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .initial_stream_window_size(WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
-        .http2_max_pending_accept_reset_streams(Some(UNSEEN_RESETS_MAX))
-        .http2_max_local_error_reset_streams(Some(ERROR_RESETS_MAX));
-    if let Some(age_max) = connections.age_max {
-        // Not tonic's grace: with one it says no goodbye, and only cuts off. The end is [`Io`]'s.
-        server = server.max_connection_age(age_max);
-    }
-    server
+    listen(&connections)
         // What a call comes through, from outside: a place among those in flight and its address's share, a time by
         // which it ends, who calls and whether that fits, and the caller's share.
         .layer(DoorLayer(Arc::clone(&limits)))
@@ -323,6 +335,39 @@ async fn serve(
         .serve_with_incoming_shutdown(acceptor.incoming(), stop)
         .await?;
     Ok(())
+}
+
+/// HTTP/2 and HTTP/1.1; calls come through the same layers as over gRPC, within the router.
+async fn serve_http(
+    router: Router,
+    acceptor: Acceptor,
+    connections: Connections,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    listen(&connections)
+        .accept_http1(true)
+        .add_routes(router.into())
+        .serve_with_incoming_shutdown(acceptor.incoming(), stop)
+        .await?;
+    Ok(())
+}
+
+fn listen(connections: &Connections) -> Server {
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(connections.keepalive_interval))
+        .http2_keepalive_timeout(Some(connections.keepalive_timeout))
+        .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
+        .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX)
+        .http2_max_pending_accept_reset_streams(Some(UNSEEN_RESETS_MAX))
+        .http2_max_local_error_reset_streams(Some(ERROR_RESETS_MAX));
+    match connections.age_max {
+        // Not tonic's grace: with one it says no goodbye, and only cuts off. The end is [`Io`]'s.
+        Some(age_max) => server.max_connection_age(age_max),
+        None => server,
+    }
 }
 
 impl Connected for Io {

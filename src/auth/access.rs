@@ -1,5 +1,8 @@
 //! The table of what each call needs. A call that has no row is refused, whoever makes it.
 
+use axum::extract::MatchedPath;
+use http::{Method, Request};
+
 use super::Scope;
 
 /// What a call needs of its caller.
@@ -22,8 +25,11 @@ pub enum Answer {
     EndingStream,
 }
 
+/// What a call is called, what it needs, and what it is answered with. Of gRPC, its path; of HTTP, its method and route.
+pub type Row = (&'static str, Need, Answer);
+
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [(&str, Need, Answer); 11] = [
+pub const ACCESS: [Row; 14] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
@@ -79,13 +85,33 @@ pub const ACCESS: [(&str, Need, Answer); 11] = [
         Need::Credential,
         Answer::Stream,
     ),
+    ("POST /v1/check", Need::Scope(Scope::Check), Answer::Message),
+    ("GET /api/health", Need::Nothing, Answer::Message),
+    ("GET /openapi.json", Need::Nothing, Answer::Message),
 ];
 
-/// What a call of this path needs; `None` for a path that nobody serves.
+/// A call's row; `None` for what nobody serves.
 #[must_use]
-pub fn need(path: &str) -> Option<Need> {
+pub fn row<B>(request: &Request<B>) -> Option<&'static Row> {
+    let Some(route) = request.extensions().get::<MatchedPath>() else {
+        let path = request.uri().path();
+        return ACCESS.iter().find(|(name, ..)| *name == path);
+    };
+    let method = match *request.method() {
+        // What is read can be asked for without its body.
+        Method::HEAD => "GET",
+        ref method => method.as_str(),
+    };
     ACCESS
         .iter()
-        .find(|(known, ..)| *known == path)
-        .map(|(_, need, _)| *need)
+        .find(|(name, ..)| name.split_once(' ') == Some((method, route.as_str())))
+}
+
+/// What HTTP methods a route has.
+pub fn methods_of(route: &str) -> impl Iterator<Item = &'static str> {
+    ACCESS
+        .iter()
+        .filter_map(|(name, ..)| name.split_once(' '))
+        .filter(move |(_, of)| *of == route)
+        .map(|(method, _)| method)
 }

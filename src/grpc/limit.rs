@@ -88,7 +88,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let method = Method::of(request.uri().path());
+        let method = Method::of(&request);
         let address = client_address(&self.limits, &request);
         let entered = match method.class {
             Class::Free if method.answer != Answer::Message => self.limits.watch(address).map(Some),
@@ -206,7 +206,7 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let asked = deadline::asked_for(request.headers());
         let most = self.limits.request_deadline_max;
-        let ages = Method::of(request.uri().path()).answer == Answer::Stream;
+        let ages = Method::of(&request).answer == Answer::Stream;
         let bounds = deadline::Bounds {
             deadline: asked.into_iter().chain(most).min(),
             age: self.limits.stream_age_max.filter(|_| ages),
@@ -265,7 +265,7 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         // Without a caller, a call that is open to everybody; a handler that needs one refuses it.
         let caller = request.extensions().get::<Arc<Caller>>().cloned();
-        let method = Method::of(request.uri().path());
+        let method = Method::of(&request);
         let is_whole = method.answer == Answer::Message;
         let share = caller.as_ref().map_or(Ok(None), |caller| {
             self.share(caller, method.class, &request)

@@ -8,7 +8,7 @@ pub mod gate;
 pub mod limit;
 mod parse;
 pub mod permission_service;
-mod status;
+pub mod status;
 
 /// The messages and servers of `hallpass.v1`.
 #[allow(

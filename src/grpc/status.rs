@@ -37,6 +37,19 @@ pub(super) fn invalid(violations: Vec<FieldViolation>) -> Status {
     Status::with_error_details(Code::InvalidArgument, message, details)
 }
 
+/// The request, or a part of it, cannot be read at all.
+#[must_use]
+pub fn malformed(part: &str, complaint: &str) -> Status {
+    invalid(vec![FieldViolation::new(part, complaint)])
+}
+
+/// A failure that HTTP alone knows.
+#[must_use]
+pub fn of_http(reason: &str, message: &str) -> Status {
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
 /// A batch of so many items, refused before any is looked at.
 pub(super) fn too_many_items(found: usize) -> Status {
     let description = format!("must be 1 to {BATCH_ITEMS_MAX} items, not {found}");
@@ -86,7 +99,7 @@ pub(super) fn forbidden(forbidden: Forbidden) -> Status {
 }
 
 /// Nobody serves this path.
-pub(super) fn no_such_method() -> Status {
+pub fn no_such_method() -> Status {
     let details = ErrorDetails::with_error_info("METHOD_UNKNOWN", DOMAIN, HashMap::new());
     Status::with_error_details(Code::Unimplemented, "no such method", details)
 }
@@ -129,7 +142,7 @@ pub(super) fn stream_too_old() -> Status {
 }
 
 /// The reason of ours that a status carries.
-pub(super) fn reason(status: &Status) -> String {
+pub fn reason(status: &Status) -> String {
     let info = status.get_details_error_info();
     info.map_or_else(String::new, |info| info.reason)
 }

@@ -1,0 +1,201 @@
+//! The one place where errors become HTTP statuses and JSON.
+//!
+//! Invariant: within the stack a failure is a gRPC status, which the limits count and log; only outside of it does it
+//! become JSON.
+
+use std::{fmt::Write as _, time::Duration};
+
+use axum::{
+    extract::{MatchedPath, Request},
+    http::{
+        HeaderValue, StatusCode,
+        header::{ALLOW, RETRY_AFTER, WWW_AUTHENTICATE},
+    },
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+use utoipa::ToSchema;
+
+use super::headers;
+use crate::{auth::access, grpc::status};
+
+/// A call that failed.
+pub(super) struct Failure {
+    status: Status,
+    /// Where HTTP is more precise than gRPC.
+    http: Option<StatusCode>,
+}
+
+impl Failure {
+    /// The request cannot be read: a part of it is not what it should be.
+    pub(super) fn malformed(part: &str, complaint: &str) -> Self {
+        status::malformed(part, complaint).into()
+    }
+
+    /// A failure of HTTP's own.
+    pub(super) fn of_http(http: StatusCode, reason: &str, message: &str) -> Self {
+        Self {
+            status: status::of_http(reason, message),
+            http: Some(http),
+        }
+    }
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        Self { status, http: None }
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let mut response = headers::of_axum(self.status.into_http());
+        if let Some(http) = self.http {
+            response.extensions_mut().insert(http);
+        }
+        response
+    }
+}
+
+pub(super) async fn no_such_path() -> Failure {
+    status::no_such_method().into()
+}
+
+/// Why a call failed.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ErrorBody {
+    /// For people.
+    #[schema(example = "user_id: is missing: a hyphenated UUID")]
+    error: String,
+    /// For programs; does not change.
+    #[schema(example = "INVALID_REQUEST")]
+    code: String,
+    /// As in `x-request-id`.
+    #[schema(example = "8f14e45f-ceea-467f-9c1b-3a0c8c4d2b11")]
+    request_id: String,
+    /// The fields that are wrong, each with what is wrong with it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    fields: Vec<FieldError>,
+}
+
+/// A field that is wrong.
+#[derive(Serialize, ToSchema)]
+pub(super) struct FieldError {
+    #[schema(example = "user_id")]
+    field: String,
+    #[schema(example = "is missing: a hyphenated UUID")]
+    error: String,
+}
+
+/// Writes a failure as JSON.
+pub(super) async fn as_json(request: Request, next: Next) -> Response {
+    let request_id = headers::request_id(request.headers()).to_owned();
+    let allowed = request.extensions().get::<MatchedPath>().map(|route| {
+        let methods: Vec<&str> = access::methods_of(route.as_str()).collect();
+        methods.join(", ")
+    });
+    let response = next.run(request).await;
+    let Some(failed) = Status::from_header_map(response.headers()) else {
+        return response;
+    };
+    let more_precise = response.extensions().get::<StatusCode>().copied();
+    let reason = status::reason(&failed);
+    let no_such_method = reason == "METHOD_UNKNOWN";
+    let (http, code, message) = match (&*reason, &allowed) {
+        ("METHOD_UNKNOWN", Some(allowed)) => (
+            StatusCode::METHOD_NOT_ALLOWED,
+            "METHOD_NOT_ALLOWED".to_owned(),
+            format!("this path takes {allowed}"),
+        ),
+        ("METHOD_UNKNOWN", None) => (
+            StatusCode::NOT_FOUND,
+            "PATH_UNKNOWN".to_owned(),
+            "no such path: see /openapi.json".to_owned(),
+        ),
+        // What PTO Connect's clients look for.
+        ("CREDENTIAL_MISSING", _) => (
+            StatusCode::UNAUTHORIZED,
+            reason.clone(),
+            "Missing or malformed auth token".to_owned(),
+        ),
+        _ => (
+            more_precise.unwrap_or_else(|| http_status(failed.code())),
+            if reason.is_empty() { code_name(failed.code()) } else { reason.clone() },
+            failed.message().to_owned(),
+        ),
+    };
+    let details = failed.get_error_details();
+    let fields = details.bad_request().map(|bad| {
+        let fields = bad.field_violations.iter();
+        fields
+            .map(|violation| FieldError {
+                field: violation.field.clone(),
+                error: violation.description.clone(),
+            })
+            .collect()
+    });
+    let body = ErrorBody {
+        error: message,
+        code,
+        request_id,
+        fields: fields.unwrap_or_default(),
+    };
+    let mut answer = (http, axum::Json(body)).into_response();
+    let retry = details.retry_info().and_then(|retry| retry.retry_delay);
+    let headers = answer.headers_mut();
+    if let Some(retry) = retry {
+        headers.insert(RETRY_AFTER, seconds(retry));
+    }
+    if http == StatusCode::UNAUTHORIZED {
+        headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    if let Some(allowed) = allowed.filter(|_| no_such_method)
+        && let Ok(allowed) = HeaderValue::from_str(&allowed)
+    {
+        headers.insert(ALLOW, allowed);
+    }
+    answer
+}
+
+/// Whole seconds, rounded up: HTTP knows no others.
+fn seconds(retry: Duration) -> HeaderValue {
+    let seconds = retry.as_secs() + u64::from(retry.subsec_nanos() > 0);
+    seconds.max(1).into()
+}
+
+/// Each gRPC code has one HTTP status, as google.rpc.Code has it.
+fn http_status(code: Code) -> StatusCode {
+    match code {
+        Code::Ok => StatusCode::OK,
+        Code::InvalidArgument | Code::FailedPrecondition | Code::OutOfRange => {
+            StatusCode::BAD_REQUEST
+        }
+        Code::Unauthenticated => StatusCode::UNAUTHORIZED,
+        Code::PermissionDenied => StatusCode::FORBIDDEN,
+        Code::NotFound => StatusCode::NOT_FOUND,
+        Code::AlreadyExists | Code::Aborted => StatusCode::CONFLICT,
+        Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
+        // What nginx calls a client that closed its request; nobody reads it.
+        Code::Cancelled => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
+        Code::Unimplemented => StatusCode::NOT_IMPLEMENTED,
+        Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        Code::Unknown | Code::Internal | Code::DataLoss => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// `InvalidArgument` as `INVALID_ARGUMENT`.
+fn code_name(code: Code) -> String {
+    let mut name = String::new();
+    for letter in format!("{code:?}").chars() {
+        if letter.is_uppercase() && !name.is_empty() {
+            name.push('_');
+        }
+        // Into a string nothing fails.
+        let _ = write!(name, "{}", letter.to_ascii_uppercase());
+    }
+    name
+}

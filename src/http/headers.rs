@@ -1,0 +1,85 @@
+//! What every answer's headers say: which request it is to, and what a browser may do with it.
+
+use axum::{
+    body::Body,
+    extract::Request,
+    http::{
+        HeaderMap, HeaderName, HeaderValue,
+        header::{
+            CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY,
+            X_CONTENT_TYPE_OPTIONS, X_DNS_PREFETCH_CONTROL, X_FRAME_OPTIONS,
+        },
+    },
+    middleware::Next,
+    response::Response,
+};
+use uuid::Uuid;
+
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// As long as a trace's and a span's together, twice.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// What helmet sends for a JSON API. A page that is meant to be shown says otherwise itself.
+const SECURITY: [(HeaderName, &str); 12] = [
+    (CACHE_CONTROL, "no-store"),
+    (CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
+    (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    (HeaderName::from_static("origin-agent-cluster"), "?1"),
+    (REFERRER_POLICY, "no-referrer"),
+    (STRICT_TRANSPORT_SECURITY, "max-age=31536000; includeSubDomains"),
+    (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (X_DNS_PREFETCH_CONTROL, "off"),
+    (HeaderName::from_static("x-download-options"), "noopen"),
+    (X_FRAME_OPTIONS, "DENY"),
+    (HeaderName::from_static("x-permitted-cross-domain-policies"), "none"),
+];
+
+/// The request's id: the caller's where it can stand in a log and in the audit log, else one of ours.
+pub(super) async fn with_request_id(mut request: Request, next: Next) -> Response {
+    let given = request.headers().get(REQUEST_ID);
+    let id = match given.filter(|id| is_usable(id)) {
+        Some(id) => id.clone(),
+        None => made(),
+    };
+    request.headers_mut().insert(REQUEST_ID, id.clone());
+    let mut response = next.run(request).await;
+    response.headers_mut().insert(REQUEST_ID, id);
+    response
+}
+
+fn is_usable(id: &HeaderValue) -> bool {
+    let bytes = id.as_bytes();
+    (1..=REQUEST_ID_BYTES_MAX).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+}
+
+fn made() -> HeaderValue {
+    let id = Uuid::new_v4().hyphenated().to_string();
+    HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("none"))
+}
+
+/// Of a request that has come through [`with_request_id`].
+pub(super) fn request_id(headers: &HeaderMap) -> &str {
+    let id = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
+    id.unwrap_or_default()
+}
+
+pub(super) fn secured(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    for (name, value) in SECURITY {
+        headers
+            .entry(name)
+            .or_insert(HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// As the layers that gRPC's calls come through have it.
+pub(super) fn of_tonic(response: Response) -> axum::http::Response<tonic::body::Body> {
+    response.map(tonic::body::Body::new)
+}
+
+pub(super) fn of_axum(response: axum::http::Response<tonic::body::Body>) -> Response {
+    response.map(Body::new)
+}

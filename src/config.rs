@@ -21,6 +21,9 @@ pub use self::{
 /// Where clients look first, and nobody else can reach.
 pub const DEFAULT_GRPC_LISTEN: &str = "127.0.0.1:50051";
 
+/// HTTP for the application's own pages and middleware, on the same machine.
+pub const DEFAULT_HTTP_LISTEN: &str = "127.0.0.1:8080";
+
 /// Where the private PostgreSQL lives, beside whatever is being developed.
 pub const DEFAULT_DATA_DIR: &str = ".hallpass";
 
@@ -63,6 +66,10 @@ pub struct ServeSettings {
     /// Where to serve gRPC: HOST:PORT, the host an IP address or localhost, or unix:PATH
     #[arg(long, env = "HALLPASS_GRPC_LISTEN", default_value = DEFAULT_GRPC_LISTEN)]
     pub grpc_listen: ListenAddress,
+
+    /// Where to serve HTTP and JSON: as --grpc-listen, or none
+    #[arg(long, env = "HALLPASS_HTTP_LISTEN", default_value = DEFAULT_HTTP_LISTEN)]
+    pub http_listen: MaybeListen,
 
     #[command(flatten)]
     pub auth: AuthSettings,
@@ -138,7 +145,18 @@ impl ServeSettings {
                     .to_owned(),
             );
         }
-        self.auth.check(&self.grpc_listen)
+        self.auth.check(self.listens())
+    }
+
+    /// Where callers can come in, each with its setting's name.
+    pub fn listens(&self) -> impl Iterator<Item = (&'static str, &ListenAddress)> {
+        let http = self.http_listen.0.as_ref();
+        [
+            ("--grpc-listen", Some(&self.grpc_listen)),
+            ("--http-listen", http),
+        ]
+        .into_iter()
+        .filter_map(|(setting, address)| Some((setting, address?)))
     }
 }
 
@@ -224,6 +242,21 @@ impl ListenAddress {
         match self {
             Self::Tcp(address) => address.ip().is_loopback(),
             Self::Unix(_) => true,
+        }
+    }
+}
+
+/// Where a service listens, if it does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MaybeListen(pub Option<ListenAddress>);
+
+impl FromStr for MaybeListen {
+    type Err = String;
+
+    fn from_str(address: &str) -> Result<Self, String> {
+        match address {
+            "none" => Ok(Self(None)),
+            address => address.parse().map(Some).map(Self),
         }
     }
 }

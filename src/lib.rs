@@ -11,7 +11,7 @@
 //!    `migrations/0004_decisions.sql`; the log is `0002_log.sql` and `0003_record_changes.sql`.
 //! 7. [`upkeep`]: inspection, refresh and warm start, in the background; [`selfcheck`]: cached answers, doubted.
 //! 8. [`auth`]: who calls, by a key, a token or a certificate, and what it may do. [`limits`]: how much.
-//! 9. [`grpc`]: requests parsed, errors mapped. [`server`]: everything put together and run.
+//! 9. [`grpc`]: requests parsed, errors mapped; [`mod@http`]: the same as JSON. [`server`]: everything put together and run.
 //! 10. [`cli`], [`config`] and [`embedded`]: the program around it, and a PostgreSQL of its own to try it on.
 //!
 //! `ARCHITECTURE.md` tells the same as data flow and invariants.
@@ -26,6 +26,7 @@ pub mod embedded;
 pub mod feed;
 pub mod grpc;
 pub mod history;
+pub mod http;
 pub mod limits;
 pub mod loader;
 pub mod model;

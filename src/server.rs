@@ -213,15 +213,17 @@ pub async fn run(
                 .max_decoding_message_size(NAME_REQUEST_BYTES_MAX),
         )
         .add_service(
-            v1::permission_service_server::PermissionServiceServer::from_arc(Arc::clone(&permissions))
+            v1::permission_service_server::PermissionServiceServer::from_arc(Arc::clone(
+                &permissions,
+            ))
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
             .send_compressed(CompressionEncoding::Gzip),
         )
         .add_service(
             v1::audit_service_server::AuditServiceServer::from_arc(Arc::clone(&audit))
-            .accept_compressed(CompressionEncoding::Gzip)
-            .send_compressed(CompressionEncoding::Gzip),
+                .accept_compressed(CompressionEncoding::Gzip)
+                .send_compressed(CompressionEncoding::Gzip),
         );
 
     // All are aborted when this function returns.

@@ -53,7 +53,8 @@ impl Service {
     pub(crate) async fn start(data_dir: &Path, niceness: &str) -> Result<Self> {
         let process = Command::new("nice")
             .args(["-n", niceness, env!("CARGO_BIN_EXE_hallpass")])
-            .args(["demo", "--grpc-listen", LISTEN, "--data-dir"])
+            .args(["demo", "--http-listen", "none", "--grpc-listen", LISTEN])
+            .arg("--data-dir")
             .arg(data_dir)
             .env("RUST_LOG", "error")
             .stdout(Stdio::null())

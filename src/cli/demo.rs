@@ -57,7 +57,7 @@ impl Demo {
             () = &mut interrupted => return Ok(ExitCode::SUCCESS),
         };
         // Port 0 was to be chosen by the system: the commands name the one that it chose.
-        let address = match &entrance.listener {
+        let address = match &entrance.listeners.grpc {
             Listener::Tcp(listener) => ListenAddress::Tcp(listener.local_addr()?),
             Listener::Unix(_) => self.settings.grpc_listen.clone(),
         };

@@ -25,8 +25,8 @@ use crate::{
     limits::Bounds,
     selfcheck::SAMPLE_EVERY,
     server::{
-        self, Config, Connections, Listener, Tls, TlsFiles,
-        tls::{HTTP2, TlsError},
+        self, Config, Connections, Listener, Listeners, Tls, TlsFiles,
+        tls::{HTTP1, HTTP2, TlsError},
     },
     store::DatabaseUrl,
 };
@@ -82,15 +82,23 @@ impl Serve {
 pub(super) struct Entrance {
     authenticator: Authenticator,
     pub(super) tls: Option<Tls>,
-    pub(super) listener: Listener,
+    http_tls: Option<Tls>,
+    pub(super) listeners: Listeners,
 }
 
 impl Entrance {
     pub(super) async fn open(settings: &ServeSettings) -> anyhow::Result<Self> {
         Ok(Self {
             authenticator: authenticator(settings)?,
-            tls: load_tls(&settings.tls)?,
-            listener: bind(&settings.grpc_listen).await?,
+            tls: load_tls(&settings.tls, &[HTTP2])?,
+            http_tls: load_tls(&settings.tls, &[HTTP2, HTTP1])?,
+            listeners: Listeners {
+                grpc: bind("gRPC", &settings.grpc_listen).await?,
+                http: match &settings.http_listen.0 {
+                    Some(address) => Some(bind("HTTP", address).await?),
+                    None => None,
+                },
+            },
         })
     }
 }
@@ -105,7 +113,9 @@ pub(super) async fn serve(
     on_ready: impl FnOnce(),
     interrupted: impl Future<Output = ()>,
 ) -> anyhow::Result<ExitCode> {
-    say_who_can_listen(&settings.grpc_listen, entrance.tls.as_ref());
+    for (setting, address) in settings.listens() {
+        say_who_can_listen(setting, address, entrance.tls.as_ref());
+    }
     let bounds = Bounds::from(&settings.limits);
     let config = Config {
         database: database.url.clone(),
@@ -114,6 +124,7 @@ pub(super) async fn serve(
         staleness_ceiling: settings.staleness_ceiling,
         authenticator: Arc::new(entrance.authenticator),
         tls: entrance.tls.map(Arc::new),
+        http_tls: entrance.http_tls.map(Arc::new),
         connections: connections(&settings.connections)?,
         cache_capacity: settings.cache_capacity,
         warm_up_max: settings.warm_up_max,
@@ -131,38 +142,40 @@ pub(super) async fn serve(
         bounds,
     };
     let served = tokio::select! {
-        served = server::run(config, entrance.listener, on_ready, interrupted) => served.map_err(Into::into),
+        served = server::run(config, entrance.listeners, on_ready, interrupted) => served.map_err(Into::into),
         lost = database.lost() => Err(lost),
     };
-    if let ListenAddress::Unix(path) = &settings.grpc_listen {
-        // Whoever comes next removes a socket that is left.
-        drop(std::fs::remove_file(path));
+    for (_, address) in settings.listens() {
+        if let ListenAddress::Unix(path) = address {
+            // Whoever comes next removes a socket that is left.
+            drop(std::fs::remove_file(path));
+        }
     }
     database.close().await?;
     served.map(|()| ExitCode::SUCCESS)
 }
 
-async fn bind(address: &ListenAddress) -> anyhow::Result<Listener> {
+async fn bind(protocol: &'static str, address: &ListenAddress) -> anyhow::Result<Listener> {
     match address {
         ListenAddress::Tcp(address) => {
             let listener = TcpListener::bind(address)
                 .await
                 .with_context(|| format!("cannot listen on {address}"))?;
-            tracing::info!(address = %listener.local_addr()?, "listening for gRPC");
+            tracing::info!(protocol, address = %listener.local_addr()?, "listening");
             Ok(Listener::Tcp(listener))
         }
         ListenAddress::Unix(path) => {
             remove_dead_socket(path)?;
             let listener = UnixListener::bind(path)
                 .with_context(|| format!("cannot listen on unix:{}", path.display()))?;
-            tracing::info!(path = %path.display(), "listening for gRPC");
+            tracing::info!(protocol, path = %path.display(), "listening");
             Ok(Listener::Unix(listener))
         }
     }
 }
 
 /// Reads certificates and key, before anything is started.
-fn load_tls(settings: &TlsSettings) -> Result<Option<Tls>, TlsError> {
+fn load_tls(settings: &TlsSettings, protocols: &[&[u8]]) -> Result<Option<Tls>, TlsError> {
     let (Some(certificate), Some(key)) = (&settings.tls_certificate, &settings.tls_key) else {
         return Ok(None);
     };
@@ -171,22 +184,23 @@ fn load_tls(settings: &TlsSettings) -> Result<Option<Tls>, TlsError> {
         key: key.clone(),
         client_ca: settings.tls_client_ca.clone(),
     };
-    Tls::load(files, &[HTTP2], TLS_RELOAD_INTERVAL).map(Some)
+    Tls::load(files, protocols, TLS_RELOAD_INTERVAL).map(Some)
 }
 
-fn say_who_can_listen(address: &ListenAddress, tls: Option<&Tls>) {
+fn say_who_can_listen(setting: &str, address: &ListenAddress, tls: Option<&Tls>) {
     match (address, tls) {
         (ListenAddress::Tcp(_), Some(tls)) => {
             let client_certificates = tls.asks_for_certificates();
-            tracing::info!(client_certificates, "TLS is on");
+            tracing::info!(setting, client_certificates, "TLS is on");
         }
         (address, None) if !address.is_local() => {
             tracing::warn!(
+                setting,
                 "TLS is off and other machines can reach the service: set --tls-certificate and --tls-key unless \
                  something in front of it speaks TLS"
             );
         }
-        _ => tracing::info!("TLS is off"),
+        _ => tracing::info!(setting, "TLS is off"),
     }
 }
 

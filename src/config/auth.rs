@@ -84,18 +84,21 @@ impl AuthSettings {
     ///
     /// # Errors
     /// Says what does not.
-    pub fn check(&self, listen: &ListenAddress) -> Result<(), String> {
+    pub fn check<'a>(
+        &self,
+        mut listens: impl Iterator<Item = (&'static str, &'a ListenAddress)>,
+    ) -> Result<(), String> {
         if self.is_open() && self.auth.iter().any(|method| *method != AuthMethod::None) {
             return Err(
                 "--auth none lets everybody in: leave it out beside another way".to_owned(),
             );
         }
-        if self.is_open() && !listen.is_local() {
-            return Err(
-                "--grpc-listen can be reached from other machines, and --auth is none: say who may call, for example \
+        let public = listens.find(|(_, address)| !address.is_local());
+        if let (true, Some((setting, _))) = (self.is_open(), public) {
+            return Err(format!(
+                "{setting} can be reached from other machines, and --auth is none: say who may call, for example \
                  with --auth api-key, or use a loopback address or unix:PATH"
-                    .to_owned(),
-            );
+            ));
         }
         let jwt = self.identity.jwt()?;
         if self.accepts(AuthMethod::Jwt) && jwt.is_none() {

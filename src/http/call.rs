@@ -48,7 +48,7 @@ impl<S: Sync> FromRequestParts<S> for Call {
 /// A JSON body, both ways.
 pub(super) struct Json<T>(pub(super) T);
 
-impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = Failure;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Failure> {

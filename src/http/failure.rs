@@ -123,7 +123,11 @@ pub(super) async fn as_json(request: Request, next: Next) -> Response {
         ),
         _ => (
             more_precise.unwrap_or_else(|| http_status(failed.code())),
-            if reason.is_empty() { code_name(failed.code()) } else { reason.clone() },
+            if reason.is_empty() {
+                code_name(failed.code())
+            } else {
+                reason.clone()
+            },
             failed.message().to_owned(),
         ),
     };

@@ -23,17 +23,32 @@ const REQUEST_ID_BYTES_MAX: usize = 128;
 /// What helmet sends for a JSON API. A page that is meant to be shown says otherwise itself.
 const SECURITY: [(HeaderName, &str); 12] = [
     (CACHE_CONTROL, "no-store"),
-    (CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"),
-    (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
-    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    (
+        CONTENT_SECURITY_POLICY,
+        "default-src 'none'; frame-ancestors 'none'",
+    ),
+    (
+        HeaderName::from_static("cross-origin-opener-policy"),
+        "same-origin",
+    ),
+    (
+        HeaderName::from_static("cross-origin-resource-policy"),
+        "same-origin",
+    ),
     (HeaderName::from_static("origin-agent-cluster"), "?1"),
     (REFERRER_POLICY, "no-referrer"),
-    (STRICT_TRANSPORT_SECURITY, "max-age=31536000; includeSubDomains"),
+    (
+        STRICT_TRANSPORT_SECURITY,
+        "max-age=31536000; includeSubDomains",
+    ),
     (X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (X_DNS_PREFETCH_CONTROL, "off"),
     (HeaderName::from_static("x-download-options"), "noopen"),
     (X_FRAME_OPTIONS, "DENY"),
-    (HeaderName::from_static("x-permitted-cross-domain-policies"), "none"),
+    (
+        HeaderName::from_static("x-permitted-cross-domain-policies"),
+        "none",
+    ),
 ];
 
 /// The request's id: the caller's where it can stand in a log and in the audit log, else one of ours.

@@ -36,8 +36,11 @@ pub struct Services {
 }
 
 /// Everything that is served over HTTP.
-#[must_use]
-pub fn router(services: Services, authenticator: Arc<Authenticator>, limits: Arc<Limits>) -> Router {
+pub fn router(
+    services: Services,
+    authenticator: Arc<Authenticator>,
+    limits: Arc<Limits>,
+) -> Router {
     let (routes, description) = OpenApiRouter::with_openapi(openapi::description())
         .routes(routes!(check::check))
         .split_for_parts();

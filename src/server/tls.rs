@@ -40,7 +40,7 @@ const VERSIONS: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
 /// gRPC; a listener that speaks no other protocol.
 pub const HTTP2: &[u8] = b"h2";
 /// What a client means that names no protocol.
-const HTTP1: &[u8] = b"http/1.1";
+pub const HTTP1: &[u8] = b"http/1.1";
 
 /// Renewals run a month before a certificate expires, mostly: two weeks before, one has failed.
 const EXPIRY_WARNED_BEFORE: Duration = Duration::from_secs(14 * 24 * 60 * 60);

@@ -76,6 +76,8 @@ pub(crate) fn command(program: &str) -> Command {
             command.env_remove(name);
         }
     }
+    // Several run at once, and its usual port is one.
+    command.env("HALLPASS_HTTP_LISTEN", "none");
     command.stdin(Stdio::null()).kill_on_drop(true);
     command
 }

@@ -86,4 +86,6 @@ mod tokens;
 mod torture;
 mod uninstall;
 mod upgrade;
+mod web;
+mod web_check;
 mod writers;

@@ -14,7 +14,7 @@ use hallpass::{
     config,
     limits::Bounds,
     selfcheck::SAMPLE_EVERY,
-    server::{self, Config, Connections, Listener, ServeError},
+    server::{self, Config, Connections, Listener, Listeners, ServeError},
     store::DatabaseUrl,
 };
 use hallpass_client::{
@@ -56,6 +56,8 @@ const BYSTANDER: (&str, &str) = ("the organization of nobody", "bystander");
 /// A running service; it ends with its runtime, or by [`Server::stop`].
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
+    /// Where it serves HTTP.
+    pub(crate) http: SocketAddr,
     pub(crate) endpoint: String,
     pub(crate) channel: Channel,
     ready: Option<oneshot::Receiver<()>>,
@@ -83,6 +85,7 @@ pub(crate) fn config(url: &str) -> Config {
         staleness_ceiling: Duration::from_secs(300),
         authenticator: Arc::new(Authenticator::open()),
         tls: None,
+        http_tls: None,
         connections: connections(),
         cache_capacity: 100_000,
         warm_up_max: Duration::from_secs(10),
@@ -146,11 +149,16 @@ impl Server {
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let http_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let http = http_listener.local_addr().unwrap();
         let (shutdown, stopped) = oneshot::channel();
         let (ready, is_ready) = oneshot::channel();
         let running = tokio::spawn(server::run(
             config,
-            Listener::Tcp(listener),
+            Listeners {
+                grpc: Listener::Tcp(listener),
+                http: Some(Listener::Tcp(http_listener)),
+            },
             // A test that has failed waits no more.
             move || ready.send(()).unwrap_or(()),
             async { drop(stopped.await) },
@@ -158,6 +166,7 @@ impl Server {
         let (endpoint, channel) = connect(address).await;
         Self {
             address,
+            http,
             endpoint,
             channel,
             ready: Some(is_ready),

@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS hallpass.permission_audit_log (
     changed_by_profile_id uuid,
     old_values jsonb,
     new_values jsonb,
-    change_type text NOT NULL,              -- INSERT, UPDATE, DELETE, TRUNCATE; UNRECORDED: see hallpass.inspect
+    change_type text NOT NULL,              -- INSERT, UPDATE, DELETE, TRUNCATE, RESET, BULK_UPDATE; UNRECORDED: see hallpass.inspect
     ip_address inet,
     user_agent text,
     request_id text,

@@ -69,6 +69,17 @@ BEGIN
     application_name := nullif(current_setting('application_name'), '');
 END $$;
 
+-- What a change is called: by its statement, or by what the transaction says that it is, where that fits the statement.
+-- BULK_UPDATE: one of several that an administrator made in one go. RESET: back to the template's.
+CREATE FUNCTION hallpass.change_kind(statement text) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    kind CONSTANT text := hallpass.setting('app.current_change_kind');
+BEGIN
+    RETURN CASE WHEN kind = 'BULK_UPDATE' AND statement <> 'DELETE' OR kind = 'RESET' AND statement = 'DELETE'
+                THEN kind ELSE statement END;
+END $$;
+
 -- Hands an entry on to be numbered. No organization: nothing changed. A NULL one, or more than 1,000: everything.
 CREATE PROCEDURE hallpass.log_entry(entry bigint, orgs uuid[])
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -146,7 +157,8 @@ BEGIN
              changed_by, changed_by_profile_id, actor_source, ip_address, user_agent, request_id, session_id, trace_id,
              database_role, database_login, client_address, application_name)
         SELECT entry, row_number() OVER (), %14$L, org_id, permission_key, affected_user_id, old_values, new_values,
-               CASE WHEN old_values IS NULL THEN 'INSERT' WHEN new_values IS NULL THEN 'DELETE' ELSE 'UPDATE' END,
+               hallpass.change_kind(
+                   CASE WHEN old_values IS NULL THEN 'INSERT' WHEN new_values IS NULL THEN 'DELETE' ELSE 'UPDATE' END),
                actor.*
         FROM change CROSS JOIN hallpass.actor() actor
         RETURNING org_id

@@ -38,7 +38,8 @@ use crate::{
     check::Checker,
     feed::{self, Progress},
     grpc::{
-        audit_service::AuditService, gate::GateLayer, permission_service::PermissionService, v1,
+        admin_service::AdminService, audit_service::AuditService, gate::GateLayer,
+        permission_service::PermissionService, v1,
     },
     loader::Loader,
     selfcheck,
@@ -52,6 +53,8 @@ pub struct Config {
     pub database: DatabaseUrl,
     /// Where the log is followed: `database`, or the same one without what stands between.
     pub feed_database: DatabaseUrl,
+    /// Who may change permissions, for the admin API; `None`: nobody changes anything through this service.
+    pub admin_database: Option<DatabaseUrl>,
     pub staleness_bound: Duration,
     /// The most that a caller may ask for as `max_staleness`; not less than `staleness_bound`.
     pub staleness_ceiling: Duration,
@@ -119,6 +122,8 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let store = Arc::new(Store::new(&config.database)?);
+    let changes = config.admin_database.as_ref().map(Store::changes);
+    let changes = changes.transpose()?.map(Arc::new);
     let cache = Arc::new(Cache::new(config.cache_capacity));
     let progress = Arc::new(Progress::default());
     // Nothing is believed until the first inspection.
@@ -154,6 +159,15 @@ pub async fn run(
             v1::permission_service_server::PermissionServiceServer::new(PermissionService::new(
                 Arc::clone(&checker),
                 config.staleness_ceiling,
+            ))
+            .max_decoding_message_size(REQUEST_BYTES_MAX)
+            .accept_compressed(CompressionEncoding::Gzip)
+            .send_compressed(CompressionEncoding::Gzip),
+        )
+        .add_service(
+            v1::admin_service_server::AdminServiceServer::new(AdminService::new(
+                Arc::clone(&checker.store),
+                changes,
             ))
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)

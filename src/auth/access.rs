@@ -13,7 +13,7 @@ pub enum Need {
 }
 
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [(&str, Need); 12] = [
+pub const ACCESS: [(&str, Need); 22] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
@@ -45,6 +45,46 @@ pub const ACCESS: [(&str, Need); 12] = [
     (
         "/hallpass.v1.AuditService/ListAuditEntries",
         Need::Scope(Scope::Audit),
+    ),
+    (
+        "/hallpass.v1.AdminService/ListOrganizationPermissions",
+        Need::Scope(Scope::Admin),
+    ),
+    (
+        "/hallpass.v1.AdminService/SetOrganizationPermission",
+        Need::Scope(Scope::Admin),
+    ),
+    (
+        "/hallpass.v1.AdminService/BulkSetOrganizationPermissions",
+        Need::Scope(Scope::Admin),
+    ),
+    (
+        "/hallpass.v1.AdminService/ResetOrganizationPermission",
+        Need::Scope(Scope::Admin),
+    ),
+    (
+        "/hallpass.v1.AdminService/PutMember",
+        Need::Scope(Scope::Admin),
+    ),
+    (
+        "/hallpass.v1.AdminService/RemoveMember",
+        Need::Scope(Scope::Admin),
+    ),
+    (
+        "/hallpass.v1.AdminService/GrantUserPermission",
+        Need::Scope(Scope::Admin),
+    ),
+    (
+        "/hallpass.v1.AdminService/RevokeUserPermission",
+        Need::Scope(Scope::Admin),
+    ),
+    (
+        "/hallpass.v1.AdminService/PutPermissionTemplate",
+        Need::Scope(Scope::Admin),
+    ),
+    (
+        "/hallpass.v1.AdminService/DeletePermissionTemplate",
+        Need::Scope(Scope::Admin),
     ),
     ("/grpc.health.v1.Health/Check", Need::Nothing),
     ("/grpc.health.v1.Health/Watch", Need::Nothing),

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     database::Database,
     interrupted,
-    serve::{bind, serve},
+    serve::{OtherLogins, bind, serve},
 };
 use crate::{
     config::{DEFAULT_DATA_DIR, DatabaseSettings, ListenAddress, ServeSettings},
@@ -62,7 +62,7 @@ impl Demo {
         let guide = guide(&address, &database, &sample);
         serve(
             database,
-            None,
+            OtherLogins::default(),
             &self.settings,
             listener,
             move || println!("{guide}"),

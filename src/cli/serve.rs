@@ -40,6 +40,15 @@ pub(super) struct Serve {
     )]
     feed_database_url: Option<Secret>,
 
+    /// The same database, by a login that may change permissions, for the admin API; without it nothing is changed here
+    #[arg(
+        long,
+        env = "HALLPASS_ADMIN_DATABASE_URL",
+        hide_env_values = true,
+        requires = "database_url"
+    )]
+    admin_database_url: Option<Secret>,
+
     #[command(flatten)]
     settings: ServeSettings,
 }
@@ -48,10 +57,10 @@ impl Serve {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
-        let feed_database = self.feed_database_url.map(|url| url.0.parse());
-        let feed_database = feed_database
-            .transpose()
-            .map_err(|error: String| anyhow!("--feed-database-url: {error}"))?;
+        let logins = OtherLogins {
+            feed: parse_url("--feed-database-url", self.feed_database_url)?,
+            admin: parse_url("--admin-database-url", self.admin_database_url)?,
+        };
         // A port that is taken is the commonest mistake: found before a database is started.
         let listener = bind(&self.settings.grpc_listen).await?;
         let database = tokio::select! {
@@ -60,7 +69,7 @@ impl Serve {
         };
         serve(
             database,
-            feed_database,
+            logins,
             &self.settings,
             listener,
             || (),
@@ -70,19 +79,34 @@ impl Serve {
     }
 }
 
+/// The database by other ways than `--database-url`, where there are any.
+#[derive(Default)]
+pub(super) struct OtherLogins {
+    feed: Option<DatabaseUrl>,
+    admin: Option<DatabaseUrl>,
+}
+
+fn parse_url(flag: &str, url: Option<Secret>) -> anyhow::Result<Option<DatabaseUrl>> {
+    let url = url.map(|url| url.0.parse()).transpose();
+    url.map_err(|error: String| anyhow!("{flag}: {error}"))
+}
+
 /// Serves until interrupted, calls `on_ready` when the first answer can be given, then stops the private database if
 /// there is one.
 pub(super) async fn serve(
     database: Database,
-    feed_database: Option<DatabaseUrl>,
+    logins: OtherLogins,
     settings: &ServeSettings,
     listener: Listener,
     on_ready: impl FnOnce(),
     interrupted: impl Future<Output = ()>,
 ) -> anyhow::Result<ExitCode> {
+    // The private database is ours to change.
+    let private = database.private.as_ref().map(|_| database.url.clone());
     let config = Config {
         database: database.url.clone(),
-        feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
+        feed_database: logins.feed.unwrap_or_else(|| database.url.clone()),
+        admin_database: logins.admin.or(private),
         staleness_bound: settings.staleness_bound,
         staleness_ceiling: settings.staleness_ceiling,
         authenticator: Arc::new(Authenticator::open()),

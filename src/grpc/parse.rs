@@ -1,6 +1,7 @@
 //! Requests parsed: ids, keys, freshness, pages. [`Fields`] collects what is wrong, so that a caller hears of every wrong
 //! field at once, and holds each id against what the caller may ask about: an id is not to be had in any other way.
 
+mod admin;
 mod audit;
 
 use std::{sync::Arc, time::Duration};
@@ -17,6 +18,7 @@ use crate::{
     store::lists::PageBounds,
 };
 
+pub(super) use admin::{Change, Origin};
 pub(super) use audit::{AuditQuery, AuditStart};
 
 /// Bytes of a permission key or module name.
@@ -116,6 +118,13 @@ impl<'a> Fields<'a> {
             Ok(size) => size.min(PAGE_SIZE_MAX),
             Err(_) => PAGE_SIZE_MAX,
         }
+    }
+
+    fn optional_id(&mut self, field: &str, value: &str) -> Option<Uuid> {
+        if value.is_empty() {
+            return None;
+        }
+        self.id(format_args!("{field}"), value)
     }
 
     /// Only the hyphenated form: it is what PostgreSQL prints, and one id must not have two spellings in a log.

@@ -47,6 +47,7 @@ pub const MIGRATIONS: &[Migration] = migrations![
     9 "0009_analysis",
     10 "0010_indexes",
     12 "0012_audit",
+    13 "0013_admin",
 ];
 
 /// A file whose first line is this is a query, and the statements that it selects are what is run: each by itself and

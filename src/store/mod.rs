@@ -3,6 +3,7 @@
 //! Invariant: nobody but this module (and the private server's own start-up) speaks to tokio_postgres, so an error
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
+pub mod admin;
 mod adoption;
 pub mod audit;
 pub mod demo;
@@ -214,6 +215,9 @@ pub const READ_CONNECTIONS_MAX: usize = 4;
 /// Connections that read the audit log: streams that catch up share them, page by page.
 pub const AUDIT_CONNECTIONS_MAX: usize = 3;
 
+/// Connections that change permissions. Changes go through the commit lock one by one anyway.
+const CHANGE_CONNECTIONS_MAX: usize = 2;
+
 /// How long the database may work on one load.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -242,6 +246,15 @@ impl Store {
             audits: Connections::new(config, AUDIT_CONNECTIONS_MAX)?,
             catalog: ArcSwap::default(),
         })
+    }
+
+    /// Connections that may change permissions, of a login of their own. Opens none yet.
+    ///
+    /// # Errors
+    /// As [`Store::new`].
+    pub fn changes(url: &DatabaseUrl) -> Result<Connections, StoreError> {
+        let config = url.with_statement_timeout(Some(LOAD_TIMEOUT));
+        Connections::new(config, CHANGE_CONNECTIONS_MAX)
     }
 
     /// Opens every connection of the pools, so that the first questions need not.

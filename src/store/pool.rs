@@ -75,6 +75,11 @@ impl Connections {
 }
 
 impl Connection {
+    /// The connection itself, for more than one statement. It must not be dropped half-way into one, either.
+    pub(super) fn into_inner(self) -> Object {
+        self.0
+    }
+
     /// Runs one prepared statement.
     ///
     /// Must not be dropped half-way, or the connection goes back with half a question: its callers are tasks of their

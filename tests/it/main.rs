@@ -6,6 +6,7 @@
     reason = "a test may panic, in its helpers too"
 )]
 
+mod admin;
 mod adopt_cases;
 mod adopt_guarded;
 mod adopt_indexes;

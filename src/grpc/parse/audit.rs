@@ -2,8 +2,6 @@
 
 use std::time::{Duration, SystemTime};
 
-use uuid::Uuid;
-
 use super::{Fields, TOKEN_VERSION, shown};
 use crate::{
     grpc::v1,
@@ -94,13 +92,6 @@ impl Fields<'_> {
             Some((_, key)) => Some(key),
         };
         AuditPageBounds { after, size }
-    }
-
-    fn optional_id(&mut self, field: &str, value: &str) -> Option<Uuid> {
-        if value.is_empty() {
-            return None;
-        }
-        self.id(format_args!("{field}"), value)
     }
 
     /// Where a stream of audit entries begins.

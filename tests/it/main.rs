@@ -7,6 +7,7 @@
 )]
 
 mod access;
+mod admin;
 mod adopt_cases;
 mod adopt_guarded;
 mod adopt_indexes;

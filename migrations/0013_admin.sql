@@ -81,6 +81,20 @@ BEGIN
     RETURN CASE WHEN FOUND THEN own_updated_at ELSE template_updated_at END;
 END $$;
 
+-- The minimum role of a setting: the asked one, NULL for the template's. Where the application's column takes no NULL it is a copy
+-- of the template's, which does not follow it.
+CREATE FUNCTION hallpass.own_min_role(asked_key text, min_role text) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF min_role IS NULL AND EXISTS (
+        SELECT FROM pg_attribute WHERE attrelid = 'public.organization_permissions'::regclass
+                                   AND attname = 'min_role_required' AND attnotnull) THEN
+        SELECT t.default_min_role::text INTO min_role FROM public.organization_permission_templates t
+        WHERE t.permission_key = asked_key;
+    END IF;
+    RETURN min_role;
+END $$;
+
 -- Puts an organization's setting.
 CREATE FUNCTION hallpass.set_override(
     asked_org_id uuid, asked_key text, min_role text, enabled boolean, users uuid[], expected timestamptz) RETURNS void
@@ -93,7 +107,7 @@ BEGIN
     IF min_role IS NOT NULL THEN
         PERFORM hallpass.require_role(min_role);
     END IF;
-    role := min_role;
+    role := hallpass.own_min_role(asked_key, min_role);
     present := hallpass.setting_updated_at(asked_org_id, asked_key);
     PERFORM hallpass.require_unchanged(present, expected);
     INSERT INTO public.organization_permissions AS o (org_id, permission_key, min_role_required, is_enabled, specific_users)
@@ -123,6 +137,7 @@ LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     users_max CONSTANT integer := 10000;
     named integer;
+    role CONSTANT public.organization_permissions.min_role_required%TYPE := hallpass.own_min_role(asked_key, NULL);
 BEGIN
     PERFORM hallpass.require_organization(asked_org_id);
     IF NOT EXISTS (SELECT FROM public.organization_permission_templates t WHERE t.permission_key = asked_key) THEN
@@ -131,8 +146,8 @@ BEGIN
     IF NOT EXISTS (SELECT FROM hallpass.members m WHERE m.org_id = asked_org_id AND m.user_id = asked_user_id) THEN
         RAISE EXCEPTION 'the user is no member of the organization' USING ERRCODE = 'HPN04';
     END IF;
-    INSERT INTO public.organization_permissions AS o (org_id, permission_key, specific_users)
-    VALUES (asked_org_id, asked_key, ARRAY[asked_user_id])
+    INSERT INTO public.organization_permissions AS o (org_id, permission_key, min_role_required, specific_users)
+    VALUES (asked_org_id, asked_key, role, ARRAY[asked_user_id])
     ON CONFLICT (org_id, permission_key) DO UPDATE
     SET specific_users = array_append(o.specific_users, asked_user_id), updated_at = clock_timestamp()
     WHERE NOT coalesce(asked_user_id = ANY (o.specific_users), false)
@@ -318,10 +333,11 @@ BEGIN
     RETURN coalesce(holdings, '{}');
 END $$;
 
--- Who would gain and who would lose what by these steps; the first users_max users of each. Nothing of it stays: what the
--- steps do is taken back before this returns. To be called at REPEATABLE READ, so that nobody else's change is counted.
-CREATE FUNCTION hallpass.preview(steps jsonb, users_max integer)
-RETURNS TABLE (org_id uuid, permission_key text, gained bigint, lost bigint, gaining uuid[], losing uuid[])
+-- How many would gain and lose which permission by these steps: the first effects_max of all the effects, by organization and
+-- permission, and of the first named_max of these the first users_max users each way. Nothing of it stays: what the steps do
+-- is taken back before this returns. To be called at REPEATABLE READ, so that nobody else's change is counted.
+CREATE FUNCTION hallpass.preview(steps jsonb, effects_max integer, named_max integer, users_max integer)
+RETURNS TABLE (org_id uuid, permission_key text, gained bigint, lost bigint, gaining uuid[], losing uuid[], effects bigint)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
     before CONSTANT hallpass.holding[] := hallpass.holdings(steps);
@@ -337,15 +353,20 @@ BEGIN
     RETURN QUERY
     SELECT difference.org_id, difference.permission_key,
            count(*) FILTER (WHERE gains), count(*) FILTER (WHERE NOT gains),
-           coalesce((array_agg(difference.user_id ORDER BY difference.user_id) FILTER (WHERE gains))[:users_max], '{}'),
-           coalesce((array_agg(difference.user_id ORDER BY difference.user_id) FILTER (WHERE NOT gains))[:users_max], '{}')
+           coalesce((array_agg(difference.user_id ORDER BY difference.user_id) FILTER (WHERE gains))[:CASE WHEN
+               row_number() OVER listed <= named_max THEN users_max ELSE 0 END], '{}'),
+           coalesce((array_agg(difference.user_id ORDER BY difference.user_id) FILTER (WHERE NOT gains))[:CASE WHEN
+               row_number() OVER listed <= named_max THEN users_max ELSE 0 END], '{}'),
+           count(*) OVER ()
     FROM (
         (SELECT now.*, true AS gains FROM unnest(after) now EXCEPT SELECT was.*, true FROM unnest(before) was)
         UNION ALL
         (SELECT was.*, false FROM unnest(before) was EXCEPT SELECT now.*, false FROM unnest(after) now)
     ) difference
     GROUP BY difference.org_id, difference.permission_key
-    ORDER BY difference.org_id, difference.permission_key;
+    WINDOW listed AS (ORDER BY difference.org_id, difference.permission_key)
+    ORDER BY difference.org_id, difference.permission_key
+    LIMIT effects_max;
 END $$;
 
 -- The catalog as it stands for an organization, and the head of that snapshot; one row of NULLs where there is none.
@@ -372,7 +393,7 @@ END $$;
 INSERT INTO hallpass.intended_privilege VALUES
     ('hallpass_admin', 'USAGE', 'SCHEMA hallpass'),
     ('hallpass_admin', 'EXECUTE', 'ROUTINE hallpass.change(jsonb, jsonb, text)'),
-    ('hallpass_admin', 'EXECUTE', 'ROUTINE hallpass.preview(jsonb, integer)'),
+    ('hallpass_admin', 'EXECUTE', 'ROUTINE hallpass.preview(jsonb, integer, integer, integer)'),
     ('hallpass_admin', 'EXECUTE', 'ROUTINE hallpass.head()'),
     ('hallpass_service', 'EXECUTE', 'ROUTINE hallpass.organization_settings(uuid)');
 

@@ -22,9 +22,6 @@ use crate::{
     },
 };
 
-/// Users that an effect names, of each direction.
-const EFFECT_USERS_MAX: i32 = 100;
-
 /// Serves changes.
 pub struct AdminService {
     store: Arc<Store>,
@@ -68,12 +65,11 @@ impl AdminService {
         let _called = called.drop_guard();
         let outcome = tokio::spawn(async move {
             if validate_only {
-                let effects = connection
-                    .preview(&change.steps, EFFECT_USERS_MAX, gone)
-                    .await?;
+                let preview = connection.preview(&change.steps, gone).await?;
                 return Ok(v1::ChangeOutcome {
                     position: String::new(),
-                    effects: effects.into_iter().map(effect_message).collect(),
+                    effects: preview.effects.into_iter().map(effect_message).collect(),
+                    effect_count: preview.effect_count,
                 });
             }
             let position = connection
@@ -82,6 +78,7 @@ impl AdminService {
             Ok(v1::ChangeOutcome {
                 position: position.to_string(),
                 effects: Vec::new(),
+                effect_count: 0,
             })
         });
         let outcome: Result<_, AdminError> = outcome.await.map_err(|_panic| status::internal())?;

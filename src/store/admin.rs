@@ -27,6 +27,13 @@ use crate::model::{OrganizationId, Position, UserId};
 /// hear what became of it.
 const CHANGE_WAIT_MAX: Duration = Duration::from_secs(8);
 
+/// Effects of a preview: as many as one bulk change can have, under 100 kB.
+const EFFECTS_MAX: i32 = 1_000;
+
+/// Those of them that name users, and how many each way: under 1 MB, for clients take 4 MiB.
+const NAMED_EFFECTS_MAX: i32 = 100;
+const EFFECT_USERS_MAX: i32 = 100;
+
 /// One change. Fields are named as `hallpass.take_step` reads them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "change", rename_all = "snake_case")]
@@ -125,6 +132,15 @@ pub struct Effect {
     pub losing: Vec<UserId>,
 }
 
+/// What changes would do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Preview {
+    /// The first of them, by organization and permission.
+    pub effects: Vec<Effect>,
+    /// How many there are.
+    pub effect_count: i64,
+}
+
 /// A permission as it stands for an organization.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OrganizationPermission {
@@ -199,8 +215,8 @@ const CHANGE: &str = "SELECT hallpass.change($1::text::jsonb, $2::text::jsonb, $
 const HEAD: &str = "SELECT hallpass.head()";
 
 const PREVIEW: &str = "
-SELECT org_id, permission_key, gained, lost, gaining, losing
-FROM hallpass.preview($1::text::jsonb, $2)";
+SELECT org_id, permission_key, gained, lost, gaining, losing, effects
+FROM hallpass.preview($1::text::jsonb, $2, $3, $4)";
 
 const ORGANIZATION_SETTINGS: &str = "
 SELECT head_seq, head_uid, in_recovery, permission_key, permission_name, description, module, default_min_role,
@@ -255,9 +271,8 @@ impl Connection {
     pub async fn preview(
         self,
         steps: &[Step],
-        users_max: i32,
         caller_gone: impl Future<Output = ()>,
-    ) -> Result<Vec<Effect>, AdminError> {
+    ) -> Result<Preview, AdminError> {
         let steps = to_json(&steps)?;
         let given_up = async {
             tokio::select! {
@@ -272,9 +287,17 @@ impl Connection {
                 .isolation_level(IsolationLevel::RepeatableRead)
                 .start()
                 .await?;
-            let rows = transaction.query(PREVIEW, &[&steps, &users_max]).await?;
+            let bounds = (EFFECTS_MAX, NAMED_EFFECTS_MAX, EFFECT_USERS_MAX);
+            let rows = transaction
+                .query(PREVIEW, &[&steps, &bounds.0, &bounds.1, &bounds.2])
+                .await?;
             transaction.rollback().await?;
-            rows.iter().map(decode_effect).collect()
+            let effect_count = rows.first().map_or(Ok(0), |row| row.try_get(6))?;
+            let effects = rows.iter().map(decode_effect).collect::<Result<_, _>>()?;
+            Ok(Preview {
+                effects,
+                effect_count,
+            })
         });
         tried.await.unwrap_or_else(|| Err(too_long()))
     }

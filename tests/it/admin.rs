@@ -1,9 +1,10 @@
 //! Changes through the API: what they do to answers and tables, who is said to have made them, what trying one shows.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
+use hallpass::server::Config;
 use hallpass_client::{
-    tonic::{Code, Request, Status, transport::Channel},
+    tonic::{Request, Status, transport::Channel},
     v1::{
         Actor, BulkSetItem, BulkSetOrganizationPermissionsRequest, ChangeOutcome, Consistency,
         DeletePermissionTemplateRequest, GrantUserPermissionRequest,
@@ -20,14 +21,14 @@ use tonic_types::StatusExt;
 use crate::{
     database::{Database, as_role},
     names::id,
-    server::{APPROVE, MEMBERS, ORGANIZATIONS, Server, config, fill, head, question},
+    server::{APPROVE, Server, config, fill, head, question},
 };
 
-const VIEW_BUDGET: &str = "can_view_budget";
+pub(crate) const VIEW_BUDGET: &str = "can_view_budget";
 
 /// A change, by the name of its call.
 #[derive(Clone, Debug)]
-enum Change {
+pub(crate) enum Change {
     Set(SetOrganizationPermissionRequest),
     Bulk(BulkSetOrganizationPermissionsRequest),
     Reset(ResetOrganizationPermissionRequest),
@@ -39,18 +40,23 @@ enum Change {
     DeleteTemplate(DeletePermissionTemplateRequest),
 }
 
-struct Administrator(AdminServiceClient<Channel>);
+/// Whoever makes changes, and what it says of itself.
+pub(crate) struct Administrator {
+    pub(crate) client: AdminServiceClient<Channel>,
+    /// A key or a token; empty: none.
+    pub(crate) credential: String,
+    pub(crate) actor: Actor,
+    pub(crate) timeout: Option<Duration>,
+}
 
 macro_rules! call {
-    ($client:expr, $call:ident, $request:expr, $validate:expr) => {{
+    ($who:expr, $call:ident, $request:expr, $validate:expr) => {{
         let mut request = $request;
         request.validate_only = $validate;
-        request.actor.get_or_insert_with(actor);
-        let mut request = Request::new(request);
-        let metadata = request.metadata_mut();
-        metadata.insert("x-request-id", "request 7".parse().unwrap());
-        metadata.insert("traceparent", TRACE_PARENT.parse().unwrap());
-        $client.$call(request).await?.into_inner().outcome.unwrap()
+        request.actor = Some($who.actor.clone());
+        let request = $who.request(request);
+        let answer = $who.client.$call(request).await?;
+        answer.into_inner().outcome.unwrap()
     }};
 }
 
@@ -67,43 +73,80 @@ fn actor() -> Actor {
 }
 
 impl Administrator {
-    async fn make(&mut self, change: Change) -> Result<ChangeOutcome, Status> {
+    /// One with everything that an actor may have.
+    pub(crate) fn of(server: &Server) -> Self {
+        Self {
+            client: AdminServiceClient::new(server.channel.clone()),
+            credential: String::new(),
+            actor: actor(),
+            timeout: None,
+        }
+    }
+
+    /// One of whom nothing is known but its key or token.
+    pub(crate) fn with_credential(server: &Server, credential: &str) -> Self {
+        Self {
+            credential: credential.to_owned(),
+            actor: Actor::default(),
+            ..Self::of(server)
+        }
+    }
+
+    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(timeout) = self.timeout {
+            request.set_timeout(timeout);
+        }
+        let metadata = request.metadata_mut();
+        metadata.insert("x-request-id", "request 7".parse().unwrap());
+        metadata.insert("traceparent", TRACE_PARENT.parse().unwrap());
+        if !self.credential.is_empty() {
+            let bearer = format!("Bearer {}", self.credential).parse().unwrap();
+            metadata.insert("authorization", bearer);
+        }
+        request
+    }
+
+    pub(crate) async fn make(&mut self, change: Change) -> Result<ChangeOutcome, Status> {
         self.call(change, false).await
     }
 
-    async fn call(&mut self, change: Change, validate: bool) -> Result<ChangeOutcome, Status> {
-        let client = &mut self.0;
+    pub(crate) async fn call(
+        &mut self,
+        change: Change,
+        validate: bool,
+    ) -> Result<ChangeOutcome, Status> {
         Ok(match change {
-            Change::Set(r) => call!(client, set_organization_permission, r, validate),
-            Change::Bulk(r) => call!(client, bulk_set_organization_permissions, r, validate),
-            Change::Reset(r) => call!(client, reset_organization_permission, r, validate),
-            Change::PutMember(r) => call!(client, put_member, r, validate),
-            Change::RemoveMember(r) => call!(client, remove_member, r, validate),
-            Change::Grant(r) => call!(client, grant_user_permission, r, validate),
-            Change::Revoke(r) => call!(client, revoke_user_permission, r, validate),
-            Change::PutTemplate(r) => call!(client, put_permission_template, r, validate),
-            Change::DeleteTemplate(r) => call!(client, delete_permission_template, r, validate),
+            Change::Set(r) => call!(self, set_organization_permission, r, validate),
+            Change::Bulk(r) => call!(self, bulk_set_organization_permissions, r, validate),
+            Change::Reset(r) => call!(self, reset_organization_permission, r, validate),
+            Change::PutMember(r) => call!(self, put_member, r, validate),
+            Change::RemoveMember(r) => call!(self, remove_member, r, validate),
+            Change::Grant(r) => call!(self, grant_user_permission, r, validate),
+            Change::Revoke(r) => call!(self, revoke_user_permission, r, validate),
+            Change::PutTemplate(r) => call!(self, put_permission_template, r, validate),
+            Change::DeleteTemplate(r) => call!(self, delete_permission_template, r, validate),
         })
     }
 
     /// What the organization's list says of one permission.
-    async fn setting(&mut self, permission: &str) -> OrganizationPermission {
+    pub(crate) async fn setting(&mut self, permission: &str) -> OrganizationPermission {
         let request = ListOrganizationPermissionsRequest {
             organization_id: lincoln(),
             ..ListOrganizationPermissionsRequest::default()
         };
-        let listed = self.0.list_organization_permissions(request).await;
+        let listed = self.client.list_organization_permissions(request).await;
         let listed = listed.unwrap().into_inner().permissions;
         let found = listed.into_iter().find(|p| p.permission == permission);
         found.unwrap()
     }
 }
 
-fn lincoln() -> String {
+pub(crate) fn lincoln() -> String {
     id("lincoln").to_string()
 }
 
-fn set(permission: &str, min_role: &str, enabled: bool, users: &[&str]) -> Change {
+pub(crate) fn set(permission: &str, min_role: &str, enabled: bool, users: &[&str]) -> Change {
     Change::Set(SetOrganizationPermissionRequest {
         organization_id: lincoln(),
         permission: permission.to_owned(),
@@ -112,7 +155,7 @@ fn set(permission: &str, min_role: &str, enabled: bool, users: &[&str]) -> Chang
     })
 }
 
-fn setting(min_role: &str, enabled: bool, users: &[&str]) -> PermissionSetting {
+pub(crate) fn setting(min_role: &str, enabled: bool, users: &[&str]) -> PermissionSetting {
     PermissionSetting {
         min_role: min_role.to_owned(),
         enabled: Some(enabled),
@@ -120,7 +163,7 @@ fn setting(min_role: &str, enabled: bool, users: &[&str]) -> PermissionSetting {
     }
 }
 
-fn reset(permission: &str) -> Change {
+pub(crate) fn reset(permission: &str) -> Change {
     Change::Reset(ResetOrganizationPermissionRequest {
         organization_id: lincoln(),
         permission: permission.to_owned(),
@@ -128,7 +171,7 @@ fn reset(permission: &str) -> Change {
     })
 }
 
-fn bulk(items: &[(&str, PermissionSetting)]) -> Change {
+pub(crate) fn bulk(items: &[(&str, PermissionSetting)]) -> Change {
     let item = |(permission, setting): &(&str, PermissionSetting)| BulkSetItem {
         permission: (*permission).to_owned(),
         setting: Some(setting.clone()),
@@ -141,7 +184,7 @@ fn bulk(items: &[(&str, PermissionSetting)]) -> Change {
     })
 }
 
-fn put_member(user: &str, role: &str) -> Change {
+pub(crate) fn put_member(user: &str, role: &str) -> Change {
     Change::PutMember(PutMemberRequest {
         organization_id: lincoln(),
         user_id: id(user).to_string(),
@@ -150,7 +193,7 @@ fn put_member(user: &str, role: &str) -> Change {
     })
 }
 
-fn remove_member(user: &str) -> Change {
+pub(crate) fn remove_member(user: &str) -> Change {
     Change::RemoveMember(RemoveMemberRequest {
         organization_id: lincoln(),
         user_id: id(user).to_string(),
@@ -158,7 +201,7 @@ fn remove_member(user: &str) -> Change {
     })
 }
 
-fn grant(user: &str, permission: &str) -> Change {
+pub(crate) fn grant(user: &str, permission: &str) -> Change {
     Change::Grant(GrantUserPermissionRequest {
         organization_id: lincoln(),
         user_id: id(user).to_string(),
@@ -167,7 +210,7 @@ fn grant(user: &str, permission: &str) -> Change {
     })
 }
 
-fn revoke(user: &str, permission: &str) -> Change {
+pub(crate) fn revoke(user: &str, permission: &str) -> Change {
     Change::Revoke(RevokeUserPermissionRequest {
         organization_id: lincoln(),
         user_id: id(user).to_string(),
@@ -176,7 +219,7 @@ fn revoke(user: &str, permission: &str) -> Change {
     })
 }
 
-fn put_template(permission: &str, min_role: &str) -> Change {
+pub(crate) fn put_template(permission: &str, min_role: &str) -> Change {
     Change::PutTemplate(PutPermissionTemplateRequest {
         permission: permission.to_owned(),
         name: "A permission".to_owned(),
@@ -187,31 +230,38 @@ fn put_template(permission: &str, min_role: &str) -> Change {
     })
 }
 
-fn delete_template(permission: &str) -> Change {
+pub(crate) fn delete_template(permission: &str) -> Change {
     Change::DeleteTemplate(DeletePermissionTemplateRequest {
         permission: permission.to_owned(),
         ..DeletePermissionTemplateRequest::default()
     })
 }
 
-async fn start() -> (Database, Client, Server, Administrator) {
+/// A service that may change permissions.
+pub(crate) fn config_to_change(database: &Database) -> Config {
+    let login = as_role(&database.url, "hallpass_admin");
+    Config {
+        admin_database: Some(login.parse().unwrap()),
+        ..config(&database.url)
+    }
+}
+
+pub(crate) async fn start() -> (Database, Client, Server, Administrator) {
     let database = Database::create().await;
     let client = database.client().await;
     fill(&client).await;
-    let mut config = config(&database.url);
-    config.admin_database = Some(as_role(&database.url, "hallpass_admin").parse().unwrap());
-    let server = Server::start(config).await;
-    let administrator = Administrator(AdminServiceClient::new(server.channel.clone()));
+    let server = Server::start(config_to_change(&database)).await;
+    let administrator = Administrator::of(&server);
     (database, client, server, administrator)
 }
 
 /// The reason of a status, by its details.
-fn reason(status: &Status) -> String {
+pub(crate) fn reason(status: &Status) -> String {
     status.get_details_error_info().unwrap().reason
 }
 
 /// Each kind of change, in an order in which each has something to do.
-fn changes() -> Vec<Change> {
+pub(crate) fn changes() -> Vec<Change> {
     vec![
         set(APPROVE, "volunteer", true, &[]),
         set(APPROVE, "", false, &["pat"]),
@@ -232,7 +282,7 @@ fn changes() -> Vec<Change> {
 }
 
 /// Everything that everybody may, by SQL.
-async fn holdings(client: &Client) -> BTreeSet<(String, String, String)> {
+pub(crate) async fn holdings(client: &Client) -> BTreeSet<(String, String, String)> {
     let sql = "SELECT org_id::text, permission_key::text, user_id::text
                FROM effective_user_permissions WHERE user_has_permission";
     let rows = client.query(sql, &[]).await.unwrap();
@@ -241,10 +291,10 @@ async fn holdings(client: &Client) -> BTreeSet<(String, String, String)> {
         .collect()
 }
 
-type Holdings = BTreeSet<(String, String, String)>;
+pub(crate) type Holdings = BTreeSet<(String, String, String)>;
 
 /// The effects that turn the one into the other, as the API gives them.
-fn difference(before: &Holdings, after: &Holdings) -> Vec<PermissionEffect> {
+pub(crate) fn difference(before: &Holdings, after: &Holdings) -> Vec<PermissionEffect> {
     let pairs: BTreeSet<(String, String)> = (before.symmetric_difference(after))
         .map(|(organization, permission, _)| (organization.clone(), permission.clone()))
         .collect();
@@ -362,168 +412,5 @@ async fn every_change_says_who_made_it_and_what_it_is() {
             }
         }
     }
-    server.stop().await;
-}
-
-#[tokio::test]
-async fn a_lost_update_is_refused() {
-    let (_database, client, server, mut administrator) = start().await;
-    let first = set(APPROVE, "volunteer", true, &[]);
-    administrator.make(first).await.unwrap();
-    let read = administrator.setting(APPROVE).await;
-    assert!(read.has_own_setting);
-    assert_eq!(read.effective_min_role, "volunteer");
-    let update = "UPDATE organization_permissions SET min_role_required = 'admin', updated_at = clock_timestamp()";
-    client.batch_execute(update).await.unwrap();
-    let late = |min_role: &str, expected| {
-        let Change::Set(mut request) = set(APPROVE, min_role, true, &[]) else {
-            unreachable!()
-        };
-        request.expected_updated_at = expected;
-        Change::Set(request)
-    };
-    for validate_only in [true, false] {
-        let refused = administrator
-            .call(late("teacher", read.updated_at), validate_only)
-            .await
-            .unwrap_err();
-        assert_eq!(refused.code(), Code::Aborted);
-        assert_eq!(reason(&refused), "UPDATED_MEANWHILE");
-    }
-    let present = administrator.setting(APPROVE).await;
-    assert_eq!(present.effective_min_role, "admin");
-    administrator
-        .make(late("teacher", present.updated_at))
-        .await
-        .unwrap();
-    assert_eq!(
-        administrator.setting(APPROVE).await.effective_min_role,
-        "teacher"
-    );
-    server.stop().await;
-}
-
-#[tokio::test]
-async fn what_cannot_be_made_changes_nothing_and_says_why() {
-    let (_database, client, server, mut administrator) = start().await;
-    let elsewhere = |change: Change| match change {
-        Change::Set(mut request) => {
-            request.organization_id = id("nowhere").to_string();
-            Change::Set(request)
-        }
-        other => other,
-    };
-    let long = vec!["ann"; 10_001];
-    let cases = [
-        (
-            elsewhere(set(APPROVE, "", true, &[])),
-            Code::NotFound,
-            "ORGANIZATION_NOT_FOUND",
-        ),
-        (
-            set("can_fly", "", true, &[]),
-            Code::NotFound,
-            "PERMISSION_NOT_FOUND",
-        ),
-        (
-            set(APPROVE, "king", true, &[]),
-            Code::InvalidArgument,
-            "ROLE_UNKNOWN",
-        ),
-        (
-            set(APPROVE, "", true, &long),
-            Code::InvalidArgument,
-            "INVALID_REQUEST",
-        ),
-        (
-            set("", "", true, &[]),
-            Code::InvalidArgument,
-            "INVALID_REQUEST",
-        ),
-        (grant("eve", APPROVE), Code::NotFound, "MEMBER_NOT_FOUND"),
-        (
-            grant("ann", "can_fly"),
-            Code::NotFound,
-            "PERMISSION_NOT_FOUND",
-        ),
-        (remove_member("eve"), Code::NotFound, "MEMBER_NOT_FOUND"),
-        (
-            put_member("eve", "king"),
-            Code::InvalidArgument,
-            "ROLE_UNKNOWN",
-        ),
-        (
-            delete_template("can_fly"),
-            Code::NotFound,
-            "PERMISSION_NOT_FOUND",
-        ),
-        (
-            put_template("can_fly", "king"),
-            Code::InvalidArgument,
-            "ROLE_UNKNOWN",
-        ),
-        (bulk(&[]), Code::InvalidArgument, "INVALID_REQUEST"),
-        (
-            bulk(&[
-                (APPROVE, setting("", true, &[])),
-                (APPROVE, setting("", true, &[])),
-            ]),
-            Code::InvalidArgument,
-            "INVALID_REQUEST",
-        ),
-        // The second one fails: the first is not made either.
-        (
-            bulk(&[
-                (APPROVE, setting("admin", true, &[])),
-                ("can_fly", setting("", true, &[])),
-            ]),
-            Code::NotFound,
-            "PERMISSION_NOT_FOUND",
-        ),
-    ];
-    let before = head(&client).await;
-    for (change, code, said) in cases {
-        let status = administrator.make(change.clone()).await.unwrap_err();
-        assert_eq!(status.code(), code, "{change:?}: {status:?}");
-        assert_eq!(reason(&status), said, "{change:?}");
-    }
-    assert_eq!(head(&client).await, before);
-    server.stop().await;
-}
-
-#[tokio::test]
-async fn what_is_there_already_is_no_change() {
-    let (_database, client, server, mut administrator) = start().await;
-    administrator.make(grant("pat", APPROVE)).await.unwrap();
-    let before = head(&client).await;
-    for change in [
-        grant("pat", APPROVE),
-        revoke("vic", APPROVE),
-        put_member("bob", "board_member"),
-        reset(VIEW_BUDGET),
-    ] {
-        administrator.make(change.clone()).await.unwrap();
-        assert_eq!(head(&client).await, before, "{change:?}");
-    }
-    server.stop().await;
-}
-
-#[tokio::test]
-async fn without_a_login_that_may_change_something_nothing_is_changed() {
-    let database = Database::create().await;
-    let client = database.client().await;
-    fill(&client).await;
-    let server = Server::start(config(&database.url)).await;
-    let mut administrator = Administrator(AdminServiceClient::new(server.channel.clone()));
-    let before = head(&client).await;
-    for change in changes() {
-        let status = administrator.make(change).await.unwrap_err();
-        assert_eq!(status.code(), Code::FailedPrecondition);
-        assert_eq!(reason(&status), "ADMIN_DISABLED");
-    }
-    assert_eq!(head(&client).await, before);
-    // Reading needs no such login.
-    assert!(!administrator.setting(APPROVE).await.has_own_setting);
-    assert_eq!((MEMBERS.len(), ORGANIZATIONS.len()), (5, 2));
     server.stop().await;
 }

@@ -53,6 +53,7 @@ use crate::{
     check::Checker,
     feed::{self, Progress},
     grpc::{
+        admin_service::AdminService,
         audit_service::AuditService,
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
@@ -73,6 +74,8 @@ pub struct Config {
     pub database: DatabaseUrl,
     /// Where the log is followed: `database`, or the same one without what stands between.
     pub feed_database: DatabaseUrl,
+    /// Who may change permissions, for the admin API; `None`: nobody changes anything through this service.
+    pub admin_database: Option<DatabaseUrl>,
     pub staleness_bound: Duration,
     /// The most that a caller may ask for as `max_staleness`; not less than `staleness_bound`.
     pub staleness_ceiling: Duration,
@@ -151,6 +154,9 @@ const ERROR_RESETS_MAX: usize = 1_000;
 /// Keys may have 255 bytes, and fewer items of such a length fit. A request that is packed has this bound unpacked, too.
 const REQUEST_BYTES_MAX: usize = 3 << 19;
 
+/// A setting that names 10,000 users by ids of 36 bytes, with room. An id that is empty is 2 bytes, and 24 of memory.
+const CHANGE_REQUEST_BYTES_MAX: usize = 512 << 10;
+
 /// A question about health or reflection: a name. Whoever asks for health needs no credential.
 const NAME_REQUEST_BYTES_MAX: usize = 4 << 10;
 
@@ -165,6 +171,8 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let store = Arc::new(Store::new(&config.database)?);
+    let changes = config.admin_database.as_ref().map(Store::changes);
+    let changes = changes.transpose()?.map(Arc::new);
     let cache = Arc::new(Cache::new(config.cache_capacity));
     let progress = Arc::new(Progress::default());
     // Nothing is believed until the first inspection.
@@ -197,6 +205,11 @@ pub async fn run(
         config.staleness_ceiling,
         Arc::clone(&limits),
     ));
+    let admin = Arc::new(AdminService::new(
+        Arc::clone(&checker.store),
+        changes,
+        Arc::clone(&limits),
+    ));
     let audit = Arc::new(AuditService::new(
         Arc::clone(&checker.store),
         tail.clone(),
@@ -219,6 +232,12 @@ pub async fn run(
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
             .send_compressed(CompressionEncoding::Gzip),
+        )
+        .add_service(
+            v1::admin_service_server::AdminServiceServer::from_arc(Arc::clone(&admin))
+                .max_decoding_message_size(CHANGE_REQUEST_BYTES_MAX)
+                .accept_compressed(CompressionEncoding::Gzip)
+                .send_compressed(CompressionEncoding::Gzip),
         )
         .add_service(
             v1::audit_service_server::AuditServiceServer::from_arc(Arc::clone(&audit))
@@ -254,7 +273,11 @@ pub async fn run(
         config.connections.clone(),
         stop.clone().cancelled_owned(),
     );
-    let services = http::Services { permissions, audit };
+    let services = http::Services {
+        permissions,
+        admin,
+        audit,
+    };
     let http = listeners.http.map(|listener| {
         serve_http(
             http::router(services, Arc::clone(&config.authenticator), limits),

@@ -29,7 +29,7 @@ pub enum Answer {
 pub type Row = (&'static str, Need, Answer);
 
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [Row; 14] = [
+pub const ACCESS: [Row; 37] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
@@ -71,6 +71,56 @@ pub const ACCESS: [Row; 14] = [
         Answer::Message,
     ),
     (
+        "/hallpass.v1.AdminService/ListOrganizationPermissions",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/SetOrganizationPermission",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/BulkSetOrganizationPermissions",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/ResetOrganizationPermission",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/PutMember",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/RemoveMember",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/GrantUserPermission",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/RevokeUserPermission",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/PutPermissionTemplate",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/DeletePermissionTemplate",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
         "/grpc.health.v1.Health/Check",
         Need::Nothing,
         Answer::Message,
@@ -86,8 +136,65 @@ pub const ACCESS: [Row; 14] = [
         Answer::Stream,
     ),
     ("POST /v1/check", Need::Scope(Scope::Check), Answer::Message),
+    (
+        "POST /v1/batch-check",
+        Need::Scope(Scope::Check),
+        Answer::Message,
+    ),
+    (
+        "GET /v1/organizations/{organization_id}/users/{user_id}/permissions",
+        Need::Scope(Scope::List),
+        Answer::Message,
+    ),
+    (
+        "GET /v1/organizations/{organization_id}/summary",
+        Need::Scope(Scope::List),
+        Answer::Message,
+    ),
+    ("GET /v1/audit", Need::Scope(Scope::Audit), Answer::Message),
+    (
+        "GET /v1/audit/stream",
+        Need::Scope(Scope::Audit),
+        Answer::EndingStream,
+    ),
+    (
+        "GET /api/admin/organization-permissions",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "GET /api/admin/organization-permissions/templates",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "PUT /api/admin/organization-permissions/{permission}",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "DELETE /api/admin/organization-permissions/{permission}",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "POST /api/admin/organization-permissions/bulk-update",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "GET /api/admin/organization-permissions/user/{user_id}",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "POST /api/admin/organization-permissions/user-overrides",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
     ("GET /api/health", Need::Nothing, Answer::Message),
     ("GET /openapi.json", Need::Nothing, Answer::Message),
+    ("GET /docs/", Need::Nothing, Answer::Message),
 ];
 
 /// A call's row; `None` for what nobody serves.

@@ -157,7 +157,8 @@ mod tests {
                     grants: None,
                 },
             };
-            let checked = settings.check(&listen.parse().unwrap());
+            let address = listen.parse().unwrap();
+            let checked = settings.check([("--grpc-listen", &address)].into_iter());
             assert_eq!(checked.is_ok(), is_fine, "{listen} {auth}: {checked:?}");
         }
     }

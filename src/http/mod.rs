@@ -20,6 +20,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     auth::Authenticator,
     grpc::{
+        admin_service::AdminService,
         audit_service::AuditService,
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
@@ -32,6 +33,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Services {
     pub permissions: Arc<PermissionService>,
+    pub admin: Arc<AdminService>,
     pub audit: Arc<AuditService>,
 }
 

@@ -4,6 +4,7 @@
 
 pub mod accept;
 pub mod connections;
+mod doors;
 pub mod io;
 mod readiness;
 pub mod slots;
@@ -16,7 +17,6 @@ use std::{
     time::Duration,
 };
 
-use axum::Router;
 use futures_util::future::{FutureExt, OptionFuture};
 use thiserror::Error;
 use tokio::{
@@ -28,16 +28,10 @@ use tokio_util::{
     sync::CancellationToken,
     task::{AbortOnDropHandle, TaskTracker},
 };
-use tonic::{
-    codec::CompressionEncoding,
-    service::Routes,
-    transport::{Server, server::Connected},
-};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use self::{
     accept::Acceptor,
-    io::Io,
     readiness::{Readiness, prepare, wait_until_ready, warm_up, watch_health},
     slots::Slots,
 };
@@ -48,19 +42,15 @@ pub use self::{
 };
 use crate::{
     audit::{self, tail::Tail},
-    auth::{Authenticator, Peer},
+    auth::Authenticator,
     cache::Cache,
     check::Checker,
     feed::{self, Progress},
     grpc::{
-        admin_service::AdminService,
-        audit_service::AuditService,
-        gate::GateLayer,
-        limit::{CallerLayer, DeadlineLayer, DoorLayer},
-        permission_service::PermissionService,
-        v1,
+        admin_service::AdminService, audit_service::AuditService,
+        permission_service::PermissionService, v1,
     },
-    http,
+    http::{self, Services},
     limits::{Bounds, Limits},
     loader::Loader,
     selfcheck,
@@ -129,37 +119,6 @@ pub struct Listeners {
 /// The name under which health is asked for.
 const SERVICE: &str = v1::permission_service_server::SERVICE_NAME;
 
-/// Calls at once on one connection: as many as a busy client's pool has in flight, few enough to bound their buffers.
-const STREAMS_A_CONNECTION_MAX: u32 = 1_000;
-
-/// A token of 8 kB with room for what else a call carries. Past it a call is refused, past four times it the connection
-/// ends; so it does after 5 CONTINUATION frames, a number that h2 derives from this one.
-const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
-
-/// What a connection may have sent and the service not have read: a request of 10,000 items comes in two round trips.
-const WINDOW_BYTES: u32 = 1 << 20;
-
-/// The least that HTTP/2 allows. Greater frames would make short calls wait behind long ones.
-const FRAME_BYTES_MAX: u32 = 16 << 10;
-
-/// Calls that are taken back before they are looked at, on one connection at once (rapid reset). A client that gives up
-/// a whole burst of calls at a time comes nowhere near, for they are looked at as they come.
-const UNSEEN_RESETS_MAX: usize = 20;
-
-/// Calls of one connection in its life that break the protocol and are reset for it. An honest client has none. Unless
-/// tonic is told a number it lifts hyper's bound (RUSTSEC-2024-0003).
-const ERROR_RESETS_MAX: usize = 1_000;
-
-/// 10,000 items, with two ids of 36 bytes each and a permission's key of 76 on average: three times as long as keys are.
-/// Keys may have 255 bytes, and fewer items of such a length fit. A request that is packed has this bound unpacked, too.
-const REQUEST_BYTES_MAX: usize = 3 << 19;
-
-/// A setting that names 10,000 users by ids of 36 bytes, with room. An id that is empty is 2 bytes, and 24 of memory.
-const CHANGE_REQUEST_BYTES_MAX: usize = 512 << 10;
-
-/// A question about health or reflection: a name. Whoever asks for health needs no credential.
-const NAME_REQUEST_BYTES_MAX: usize = 4 << 10;
-
 /// Runs the service until `shutdown` completes, then drains it; calls `on_ready` once answers can be given.
 ///
 /// # Errors
@@ -217,33 +176,12 @@ pub async fn run(
         streams.clone(),
         stop.clone(),
     ));
-    let routes = Routes::new(health_service.max_decoding_message_size(NAME_REQUEST_BYTES_MAX))
-        .add_service(
-            tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
-                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-                .build_v1()?
-                .max_decoding_message_size(NAME_REQUEST_BYTES_MAX),
-        )
-        .add_service(
-            v1::permission_service_server::PermissionServiceServer::from_arc(Arc::clone(
-                &permissions,
-            ))
-            .max_decoding_message_size(REQUEST_BYTES_MAX)
-            .accept_compressed(CompressionEncoding::Gzip)
-            .send_compressed(CompressionEncoding::Gzip),
-        )
-        .add_service(
-            v1::admin_service_server::AdminServiceServer::from_arc(Arc::clone(&admin))
-                .max_decoding_message_size(CHANGE_REQUEST_BYTES_MAX)
-                .accept_compressed(CompressionEncoding::Gzip)
-                .send_compressed(CompressionEncoding::Gzip),
-        )
-        .add_service(
-            v1::audit_service_server::AuditServiceServer::from_arc(Arc::clone(&audit))
-                .accept_compressed(CompressionEncoding::Gzip)
-                .send_compressed(CompressionEncoding::Gzip),
-        );
+    let services = Services {
+        permissions,
+        admin,
+        audit,
+    };
+    let routes = doors::grpc_routes(&services, health_service)?;
 
     // All are aborted when this function returns.
     let mut background = JoinSet::new();
@@ -265,7 +203,7 @@ pub async fn run(
         let (tls, connections) = (tls.clone(), config.connections.clone());
         Acceptor::new(listener, tls, connections, Arc::clone(&slots))
     };
-    let grpc = serve_grpc(
+    let grpc = doors::serve_grpc(
         routes,
         Arc::clone(&config.authenticator),
         Arc::clone(&limits),
@@ -273,13 +211,8 @@ pub async fn run(
         config.connections.clone(),
         stop.clone().cancelled_owned(),
     );
-    let services = http::Services {
-        permissions,
-        admin,
-        audit,
-    };
     let http = listeners.http.map(|listener| {
-        serve_http(
+        doors::serve_http(
             http::router(services, Arc::clone(&config.authenticator), limits),
             acceptor(listener, &config.http_tls),
             config.connections.clone(),
@@ -339,68 +272,6 @@ async fn drain(
         return Ok(());
     };
     ended?
-}
-
-async fn serve_grpc(
-    routes: Routes,
-    authenticator: Arc<Authenticator>,
-    limits: Arc<Limits>,
-    acceptor: Acceptor,
-    connections: Connections,
-    stop: impl Future<Output = ()>,
-) -> Result<(), ServeError> {
-    listen(&connections)
-        // What a call comes through, from outside: a place among those in flight and its address's share, a time by
-        // which it ends, who calls and whether that fits, and the caller's share.
-        .layer(DoorLayer(Arc::clone(&limits)))
-        .layer(DeadlineLayer(Arc::clone(&limits)))
-        .layer(GateLayer(authenticator, Arc::clone(&limits)))
-        .layer(CallerLayer(limits))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(acceptor.incoming(), stop)
-        .await?;
-    Ok(())
-}
-
-/// HTTP/2 and HTTP/1.1; calls come through the same layers as over gRPC, within the router.
-async fn serve_http(
-    router: Router,
-    acceptor: Acceptor,
-    connections: Connections,
-    stop: impl Future<Output = ()>,
-) -> Result<(), ServeError> {
-    listen(&connections)
-        .accept_http1(true)
-        .add_routes(router.into())
-        .serve_with_incoming_shutdown(acceptor.incoming(), stop)
-        .await?;
-    Ok(())
-}
-
-fn listen(connections: &Connections) -> Server {
-    let server = Server::builder()
-        .http2_keepalive_interval(Some(connections.keepalive_interval))
-        .http2_keepalive_timeout(Some(connections.keepalive_timeout))
-        .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
-        .http2_max_header_list_size(HEADER_LIST_BYTES_MAX)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .initial_stream_window_size(WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
-        .http2_max_pending_accept_reset_streams(Some(UNSEEN_RESETS_MAX))
-        .http2_max_local_error_reset_streams(Some(ERROR_RESETS_MAX));
-    match connections.age_max {
-        // Not tonic's grace: with one it says no goodbye, and only cuts off. The end is [`Io`]'s.
-        Some(age_max) => server.max_connection_age(age_max),
-        None => server,
-    }
-}
-
-impl Connected for Io {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.peer().clone()
-    }
 }
 
 async fn report(health: &HealthReporter, status: ServingStatus) {

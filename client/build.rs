@@ -6,6 +6,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(
         [
+            "hallpass/v1/admin_service.proto",
             "hallpass/v1/audit_service.proto",
             "hallpass/v1/permission_service.proto",
         ],

@@ -51,6 +51,7 @@ use crate::{
     check::Checker,
     feed::{self, Progress},
     grpc::{
+        admin_service::AdminService,
         audit_service::AuditService,
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
@@ -70,6 +71,8 @@ pub struct Config {
     pub database: DatabaseUrl,
     /// Where the log is followed: `database`, or the same one without what stands between.
     pub feed_database: DatabaseUrl,
+    /// Who may change permissions, for the admin API; `None`: nobody changes anything through this service.
+    pub admin_database: Option<DatabaseUrl>,
     pub staleness_bound: Duration,
     /// The most that a caller may ask for as `max_staleness`; not less than `staleness_bound`.
     pub staleness_ceiling: Duration,
@@ -140,6 +143,9 @@ const ERROR_RESETS_MAX: usize = 1_000;
 /// Keys may have 255 bytes, and fewer items of such a length fit. A request that is packed has this bound unpacked, too.
 const REQUEST_BYTES_MAX: usize = 3 << 19;
 
+/// A setting that names 10,000 users by ids of 36 bytes, with room. An id that is empty is 2 bytes, and 24 of memory.
+const CHANGE_REQUEST_BYTES_MAX: usize = 512 << 10;
+
 /// A question about health or reflection: a name. Whoever asks for health needs no credential.
 const NAME_REQUEST_BYTES_MAX: usize = 4 << 10;
 
@@ -154,6 +160,8 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let store = Arc::new(Store::new(&config.database)?);
+    let changes = config.admin_database.as_ref().map(Store::changes);
+    let changes = changes.transpose()?.map(Arc::new);
     let cache = Arc::new(Cache::new(config.cache_capacity));
     let progress = Arc::new(Progress::default());
     // Nothing is believed until the first inspection.
@@ -196,6 +204,16 @@ pub async fn run(
                 Arc::clone(&limits),
             ))
             .max_decoding_message_size(REQUEST_BYTES_MAX)
+            .accept_compressed(CompressionEncoding::Gzip)
+            .send_compressed(CompressionEncoding::Gzip),
+        )
+        .add_service(
+            v1::admin_service_server::AdminServiceServer::new(AdminService::new(
+                Arc::clone(&checker.store),
+                changes,
+                Arc::clone(&limits),
+            ))
+            .max_decoding_message_size(CHANGE_REQUEST_BYTES_MAX)
             .accept_compressed(CompressionEncoding::Gzip)
             .send_compressed(CompressionEncoding::Gzip),
         )

@@ -3,6 +3,7 @@
 --   hallpass_owner       owns the schema, the tables and the functions; nobody logs in as it
 --   hallpass_migrator    runs `hallpass migrate`, as the owner
 --   hallpass_service     runs `hallpass serve`
+--   hallpass_admin       changes permissions for the admin API (--admin-database-url), through two functions alone
 --   hallpass_auditor     reads the log and the audit log
 --
 -- Run it with psql, once in each database, before or after `hallpass migrate`, as an administrator: a superuser, or a
@@ -48,7 +49,7 @@ END $$;
 
 SELECT format('CREATE ROLE %I %s', role, login)
 FROM (VALUES (:'owner', 'NOLOGIN'), ('hallpass_migrator', 'LOGIN'),
-             ('hallpass_service', 'LOGIN'), ('hallpass_auditor', 'LOGIN')) wanted (role, login)
+             ('hallpass_service', 'LOGIN'), ('hallpass_admin', 'LOGIN'), ('hallpass_auditor', 'LOGIN')) wanted (role, login)
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = role) \gexec
 
 -- Whatever the migrator makes in this database belongs to the owner; session_user still says who logged in.
@@ -66,17 +67,18 @@ END $$;
 -- What PUBLIC has in most databases, for those in which it was taken away; and CREATE, which the owner needs to migrate.
 SELECT format('GRANT %s ON DATABASE %I TO %I', privilege, :'database', role)
 FROM (VALUES (:'owner', 'CREATE'), (:'owner', 'TEMPORARY'), ('hallpass_migrator', 'CONNECT'),
-             ('hallpass_service', 'CONNECT'), ('hallpass_auditor', 'CONNECT')) needed (role, privilege)
+             ('hallpass_service', 'CONNECT'), ('hallpass_admin', 'CONNECT'), ('hallpass_auditor', 'CONNECT')) needed (role, privilege)
 WHERE NOT has_database_privilege(role, :'database', privilege) \gexec
 
 SELECT format('GRANT %s ON SCHEMA public TO %I', privilege, role)
 FROM (VALUES (:'owner', 'CREATE'), (:'owner', 'USAGE'),
-             ('hallpass_service', 'USAGE'), ('hallpass_auditor', 'USAGE')) needed (role, privilege)
+             ('hallpass_service', 'USAGE'), ('hallpass_admin', 'USAGE'), ('hallpass_auditor', 'USAGE')) needed (role, privilege)
 WHERE NOT has_schema_privilege(role, 'public', privilege) \gexec
 
 -- A transaction that nobody ends keeps its locks: the service's would keep the other replicas from refreshing, the
 -- auditor's the months of the audit log from being made and removed. The service sets its other limits itself.
 ALTER ROLE hallpass_service SET idle_in_transaction_session_timeout = '1min';
+ALTER ROLE hallpass_admin SET idle_in_transaction_session_timeout = '1min';
 ALTER ROLE hallpass_auditor SET idle_in_transaction_session_timeout = '5min';
 
 SELECT EXISTS (SELECT FROM pg_proc WHERE pronamespace = to_regnamespace('hallpass') AND proname = 'reset_privileges')

@@ -23,7 +23,7 @@ pub enum Answer {
 }
 
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [(&str, Need, Answer); 11] = [
+pub const ACCESS: [(&str, Need, Answer); 21] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
@@ -62,6 +62,56 @@ pub const ACCESS: [(&str, Need, Answer); 11] = [
     (
         "/hallpass.v1.AuditService/ListAuditEntries",
         Need::Scope(Scope::Audit),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/ListOrganizationPermissions",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/SetOrganizationPermission",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/BulkSetOrganizationPermissions",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/ResetOrganizationPermission",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/PutMember",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/RemoveMember",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/GrantUserPermission",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/RevokeUserPermission",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/PutPermissionTemplate",
+        Need::Scope(Scope::Admin),
+        Answer::Message,
+    ),
+    (
+        "/hallpass.v1.AdminService/DeletePermissionTemplate",
+        Need::Scope(Scope::Admin),
         Answer::Message,
     ),
     (

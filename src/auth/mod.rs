@@ -193,6 +193,9 @@ pub enum Forbidden {
     Organization,
     #[error("the credential is for questions about its own user alone")]
     User,
+    /// What is asked for concerns all organizations.
+    #[error("the credential is not for all organizations")]
+    AllOrganizations,
 }
 
 impl Caller {
@@ -240,6 +243,18 @@ impl Caller {
         match self.only_user {
             Some(only) if only != user => Err(Forbidden::User),
             _ => Ok(()),
+        }
+    }
+
+    /// # Errors
+    /// When it may not change what holds for all organizations.
+    pub fn may_change_the_catalog(&self) -> Result<(), Forbidden> {
+        if self.only_user.is_some() {
+            Err(Forbidden::User)
+        } else if self.organizations == Organizations::All {
+            Ok(())
+        } else {
+            Err(Forbidden::AllOrganizations)
         }
     }
 

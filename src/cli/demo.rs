@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     database::Database,
     interrupted,
-    serve::{Entrance, serve},
+    serve::{Entrance, OtherLogins, serve},
 };
 use crate::{
     config::{
@@ -69,7 +69,7 @@ impl Demo {
         let guide = guide(&endpoint, &database, &sample);
         serve(
             database,
-            None,
+            OtherLogins::default(),
             &self.settings,
             entrance,
             move || println!("{guide}"),

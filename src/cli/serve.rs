@@ -49,6 +49,15 @@ pub(super) struct Serve {
     )]
     feed_database_url: Option<Secret>,
 
+    /// The same database, by a login that may change permissions, for the admin API; without it nothing is changed here
+    #[arg(
+        long,
+        env = "HALLPASS_ADMIN_DATABASE_URL",
+        hide_env_values = true,
+        requires = "database_url"
+    )]
+    admin_database_url: Option<Secret>,
+
     #[command(flatten)]
     settings: ServeSettings,
 }
@@ -57,10 +66,10 @@ impl Serve {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
-        let feed_database = self.feed_database_url.map(|url| url.0.parse());
-        let feed_database = feed_database
-            .transpose()
-            .map_err(|error: String| anyhow!("--feed-database-url: {error}"))?;
+        let logins = OtherLogins {
+            feed: parse_url("--feed-database-url", self.feed_database_url)?,
+            admin: parse_url("--admin-database-url", self.admin_database_url)?,
+        };
         let entrance = Entrance::open(&self.settings).await?;
         let database = tokio::select! {
             database = Database::open_migrated(&self.database) => database?,
@@ -68,7 +77,7 @@ impl Serve {
         };
         serve(
             database,
-            feed_database,
+            logins,
             &self.settings,
             entrance,
             || (),
@@ -95,11 +104,23 @@ impl Entrance {
     }
 }
 
+/// The database by other ways than `--database-url`, where there are any.
+#[derive(Default)]
+pub(super) struct OtherLogins {
+    feed: Option<DatabaseUrl>,
+    admin: Option<DatabaseUrl>,
+}
+
+fn parse_url(flag: &str, url: Option<Secret>) -> anyhow::Result<Option<DatabaseUrl>> {
+    let url = url.map(|url| url.0.parse()).transpose();
+    url.map_err(|error: String| anyhow!("{flag}: {error}"))
+}
+
 /// Serves until interrupted, calls `on_ready` when the first answer can be given, then stops the private database if
 /// there is one.
 pub(super) async fn serve(
     database: Database,
-    feed_database: Option<DatabaseUrl>,
+    logins: OtherLogins,
     settings: &ServeSettings,
     entrance: Entrance,
     on_ready: impl FnOnce(),
@@ -107,9 +128,12 @@ pub(super) async fn serve(
 ) -> anyhow::Result<ExitCode> {
     say_who_can_listen(&settings.grpc_listen, entrance.tls.as_ref());
     let bounds = Bounds::from(&settings.limits);
+    // The private database is ours to change.
+    let private = database.private.as_ref().map(|_| database.url.clone());
     let config = Config {
         database: database.url.clone(),
-        feed_database: feed_database.unwrap_or_else(|| database.url.clone()),
+        feed_database: logins.feed.unwrap_or_else(|| database.url.clone()),
+        admin_database: logins.admin.or(private),
         staleness_bound: settings.staleness_bound,
         staleness_ceiling: settings.staleness_ceiling,
         authenticator: Arc::new(entrance.authenticator),

@@ -16,7 +16,8 @@ use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
 use super::{permission_service::BATCH_ITEMS_MAX, status};
 
-/// The field of `items`, the only one of all requests that repeats. In others it is said once.
+/// The field of `items`, the only one of all requests that repeats (inside an item of admin's, users do, within the bytes
+/// that a change may have). In others it is said once.
 const ITEMS: u32 = 1;
 
 /// Encodes as prost does, and counts before it decodes.

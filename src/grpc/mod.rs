@@ -2,6 +2,7 @@
 //!
 //! Invariant: no SQL, SQLSTATE or host name reaches a caller; every error is made in `status`.
 
+pub mod admin_service;
 pub mod audit_service;
 pub mod codec;
 pub mod gate;

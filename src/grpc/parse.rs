@@ -1,6 +1,7 @@
 //! Requests parsed: ids, keys, freshness, pages. [`Fields`] collects what is wrong, so that a caller hears of every wrong
 //! field at once, and holds each id against what the caller may ask about: an id is not to be had in any other way.
 
+mod admin;
 mod audit;
 
 use std::{sync::Arc, time::Duration};
@@ -17,6 +18,7 @@ use crate::{
     store::lists::PageBounds,
 };
 
+pub(super) use admin::{Change, Origin};
 pub(super) use audit::{AuditQuery, AuditStart};
 
 /// Bytes of a permission key or module name.
@@ -24,6 +26,9 @@ const KEY_BYTES_MAX: usize = 255;
 
 /// Bytes of user input that a message repeats.
 const SHOWN_BYTES_MAX: usize = 64;
+
+/// Wrong fields that a status names: they travel in its headers, of which many clients take 8 KiB.
+const VIOLATIONS_MAX: usize = 16;
 
 /// Rows of a page whose size is left to us.
 const PAGE_SIZE_DEFAULT: u16 = 100;
@@ -64,9 +69,12 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// One of the first that are wrong, or it is left out.
     pub(super) fn violation(&mut self, field: impl Into<String>, description: impl Into<String>) {
-        self.violations
-            .push(FieldViolation::new(field, description));
+        if self.violations.len() < VIOLATIONS_MAX {
+            self.violations
+                .push(FieldViolation::new(field, description));
+        }
     }
 
     fn allow<T>(&mut self, asked: T, allowed: Result<(), Forbidden>) -> Option<T> {
@@ -116,6 +124,13 @@ impl<'a> Fields<'a> {
             Ok(size) => size.min(PAGE_SIZE_MAX),
             Err(_) => PAGE_SIZE_MAX,
         }
+    }
+
+    fn optional_id(&mut self, field: &str, value: &str) -> Option<Uuid> {
+        if value.is_empty() {
+            return None;
+        }
+        self.id(format_args!("{field}"), value)
     }
 
     /// Only the hyphenated form: it is what PostgreSQL prints, and one id must not have two spellings in a log.

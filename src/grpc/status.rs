@@ -14,7 +14,7 @@ use crate::{
     limits::{Limit, Refusal},
     loader::LoadError,
     model::{Cursor, OrganizationId, Position},
-    store::StoreError,
+    store::{StoreError, admin::AdminError},
 };
 
 const DOMAIN: &str = "hallpass";
@@ -80,6 +80,7 @@ pub(super) fn forbidden(forbidden: Forbidden) -> Status {
         Forbidden::Scope(_) => "SCOPE_MISSING",
         Forbidden::Organization => "ORGANIZATION_NOT_ALLOWED",
         Forbidden::User => "USER_NOT_ALLOWED",
+        Forbidden::AllOrganizations => "ORGANIZATION_NOT_ALLOWED",
     };
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
     Status::with_error_details(Code::PermissionDenied, forbidden.to_string(), details)
@@ -196,8 +197,53 @@ pub(super) fn too_many_streams() -> Status {
 
 impl From<StoreError> for Status {
     fn from(error: StoreError) -> Self {
+        tracing::warn!(%error, "the database did not answer a request");
         let error = LoadError::from(error);
         not_loaded(&error)
+    }
+}
+
+/// A defect.
+pub(super) fn internal() -> Status {
+    Status::internal("the server has failed")
+}
+
+/// Nobody changes anything through this service.
+pub(super) fn admin_disabled() -> Status {
+    let details = ErrorDetails::with_error_info("ADMIN_DISABLED", DOMAIN, HashMap::new());
+    Status::with_error_details(
+        Code::FailedPrecondition,
+        "this service has no database login that may change anything: start it with --admin-database-url",
+        details,
+    )
+}
+
+impl From<AdminError> for Status {
+    fn from(error: AdminError) -> Self {
+        let (code, reason) = match &error {
+            AdminError::OrganizationNotFound => (Code::NotFound, "ORGANIZATION_NOT_FOUND"),
+            AdminError::PermissionNotFound(_) => (Code::NotFound, "PERMISSION_NOT_FOUND"),
+            AdminError::MemberNotFound(_) => (Code::NotFound, "MEMBER_NOT_FOUND"),
+            AdminError::RoleUnknown(_) => (Code::InvalidArgument, "ROLE_UNKNOWN"),
+            AdminError::UpdatedMeanwhile(_) => (Code::Aborted, "UPDATED_MEANWHILE"),
+            AdminError::Conflict => (Code::Aborted, "CONCURRENT_CHANGE"),
+            AdminError::NotPossible(_) => (Code::FailedPrecondition, "NOT_POSSIBLE_HERE"),
+            AdminError::OutcomeUnknown => (Code::Unavailable, "OUTCOME_UNKNOWN"),
+            AdminError::PositionUnknown => (Code::Unavailable, "POSITION_UNKNOWN"),
+            AdminError::Store(_) => (Code::Unavailable, "DATABASE_UNAVAILABLE"),
+        };
+        let retry = match error {
+            AdminError::Store(error) => return error.into(),
+            AdminError::Conflict => Some(Duration::ZERO),
+            AdminError::OutcomeUnknown | AdminError::PositionUnknown => Some(RETRY_UNAVAILABLE),
+            _ => None,
+        };
+        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+        // To set none would set an empty one.
+        if retry.is_some() {
+            details.set_retry_info(retry);
+        }
+        Self::with_error_details(code, error.to_string(), details)
     }
 }
 

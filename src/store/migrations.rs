@@ -48,6 +48,7 @@ pub const MIGRATIONS: &[Migration] = migrations![
     10 "0010_indexes",
     11 "0011_api_keys",
     12 "0012_audit",
+    13 "0013_admin",
 ];
 
 /// A file whose first line is this is a query, and the statements that it selects are what is run: each by itself and

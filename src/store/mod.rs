@@ -3,6 +3,7 @@
 //! Invariant: nobody but this module (and the private server's own start-up) speaks to tokio_postgres, so an error
 //! that leaves it says what the caller does next and carries no SQL to a caller of the service.
 
+pub mod admin;
 mod adoption;
 pub mod api_keys;
 pub mod audit;
@@ -237,6 +238,9 @@ pub const READ_CONNECTIONS_MAX: usize = 4;
 /// Connections that read the past of the audit log: streams that catch up take turns with them, page by page.
 pub const AUDIT_CONNECTIONS_MAX: usize = 2;
 
+/// Connections that change permissions. Changes go through the commit lock one by one anyway.
+const CHANGE_CONNECTIONS_MAX: usize = 2;
+
 /// How long the database may work on one load.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -268,6 +272,15 @@ impl Store {
             audit_tail: Connections::new(&url, 1)?,
             catalog: ArcSwap::default(),
         })
+    }
+
+    /// Connections that may change permissions, of a login of their own. Opens none yet.
+    ///
+    /// # Errors
+    /// As [`Store::new`].
+    pub fn changes(url: &DatabaseUrl) -> Result<Connections, StoreError> {
+        let url = url.clone().with_statement_timeout(Some(LOAD_TIMEOUT));
+        Connections::new(&url, CHANGE_CONNECTIONS_MAX)
     }
 
     /// Opens every connection of the pools, so that the first questions need not.

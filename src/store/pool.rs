@@ -3,12 +3,12 @@
 //! Invariant: a connection in a pool has no question under way. One that does not answer in time is closed, and the
 //! database is told to give the question up, which it would otherwise go on working at.
 
-use std::time::Duration;
+use std::{future::Future, time::Duration};
 
 use deadpool_postgres::{
     Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
 };
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_postgres::{Row, types::ToSql};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
@@ -106,26 +106,44 @@ impl Connection {
         sql: &str,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
-        let Self { connection, tls } = self;
-        let answer = timeout(wait_max, async {
+        let answer = self.work_until(sleep(wait_max), async |connection| {
             let statement = connection.prepare_cached(sql).await?;
             connection.query(&statement, parameters).await
-        })
-        .await;
-        let Ok(rows) = answer else {
-            // Out of the pool first: another one may be opened in its place.
-            let connection = Object::take(connection);
-            let cancelled = connection.cancel_token();
-            match timeout(CANCEL_WAIT_MAX, cancelled.cancel_query(tls)).await {
-                Ok(Ok(())) => {}
-                // It is cut off, and will notice when it writes its answer.
-                Ok(Err(_)) | Err(_) => tracing::debug!("a question could not be cancelled"),
-            }
-            return Err(StoreError::Unavailable(format!(
+        });
+        match answer.await {
+            Some(rows) => Ok(rows?),
+            None => Err(StoreError::Unavailable(format!(
                 "no answer within {wait_max:?}"
-            )));
-        };
-        Ok(rows?)
+            ))),
+        }
+    }
+
+    /// Does work of several statements, which leaves no transaction open; `None` where `given_up` was first.
+    ///
+    /// Must not be dropped half-way, as [`Connection::query`].
+    pub(super) async fn work_until<T>(
+        self,
+        given_up: impl Future<Output = ()>,
+        work: impl AsyncFnOnce(&mut Object) -> T,
+    ) -> Option<T> {
+        let Self {
+            mut connection,
+            tls,
+        } = self;
+        tokio::select! {
+            biased;
+            done = work(&mut connection) => return Some(done),
+            () = given_up => {}
+        }
+        // Out of the pool first: another one may be opened in its place.
+        let connection = Object::take(connection);
+        let cancelled = connection.cancel_token();
+        match timeout(CANCEL_WAIT_MAX, cancelled.cancel_query(tls)).await {
+            Ok(Ok(())) => {}
+            // It is cut off, and will notice when it writes its answer.
+            Ok(Err(_)) | Err(_) => tracing::debug!("a question could not be cancelled"),
+        }
+        None
     }
 }
 

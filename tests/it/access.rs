@@ -61,9 +61,22 @@ fn the_table_is_this() {
         let name = path.rsplit('/').next().unwrap();
         table.entry(format!("{need:?}")).or_default().push(name);
     }
+    let admin = [
+        "ListOrganizationPermissions",
+        "SetOrganizationPermission",
+        "BulkSetOrganizationPermissions",
+        "ResetOrganizationPermission",
+        "PutMember",
+        "RemoveMember",
+        "GrantUserPermission",
+        "RevokeUserPermission",
+        "PutPermissionTemplate",
+        "DeletePermissionTemplate",
+    ];
     let expected = [
         ("Credential", vec!["ServerReflectionInfo"]),
         ("Nothing", vec!["Check", "Watch"]),
+        ("Scope(Admin)", admin.to_vec()),
         (
             "Scope(Audit)",
             vec!["StreamAuditEntries", "ListAuditEntries"],

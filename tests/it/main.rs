@@ -7,6 +7,10 @@
 )]
 
 mod access;
+mod admin;
+mod admin_callers;
+mod admin_effects;
+mod admin_refused;
 mod adopt_cases;
 mod adopt_guarded;
 mod adopt_indexes;

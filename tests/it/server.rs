@@ -79,6 +79,7 @@ pub(crate) fn config(url: &str) -> Config {
     Config {
         feed_database: database.clone(),
         database,
+        admin_database: None,
         staleness_bound: Duration::from_secs(2),
         staleness_ceiling: Duration::from_secs(300),
         authenticator: Arc::new(Authenticator::open()),

@@ -182,7 +182,10 @@ fn managed(entry: &AuditEntry, before: &Value, after: &Value) -> Activity {
         ChangeType::Insert => (1, "Create"),
         ChangeType::Update => (3, "Update"),
         ChangeType::Delete | ChangeType::Truncate => (4, "Delete"),
-        ChangeType::Unrecorded | ChangeType::Unspecified => (OTHER, "Other"),
+        ChangeType::Reset
+        | ChangeType::BulkUpdate
+        | ChangeType::Unrecorded
+        | ChangeType::Unspecified => (OTHER, "Other"),
     };
     Activity {
         class: ENTITY_MANAGEMENT,

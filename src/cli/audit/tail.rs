@@ -136,7 +136,9 @@ impl Sink for Printer {
 fn colour_of(entry: &AuditEntry) -> &'static str {
     match entry.change_type() {
         ChangeType::Insert => "\x1b[32m",
-        ChangeType::Delete | ChangeType::Truncate | ChangeType::Unrecorded => "\x1b[31m",
+        ChangeType::Delete | ChangeType::Reset | ChangeType::Truncate | ChangeType::Unrecorded => {
+            "\x1b[31m"
+        }
         _ => "\x1b[33m",
     }
 }

@@ -2,8 +2,6 @@
 
 use std::time::{Duration, SystemTime};
 
-use uuid::Uuid;
-
 use super::{Fields, TOKEN_VERSION, shown};
 use crate::{
     grpc::v1,
@@ -99,13 +97,6 @@ impl Fields<'_> {
         AuditPageBounds { after, size }
     }
 
-    fn optional_id(&mut self, field: &str, value: &str) -> Option<Uuid> {
-        if value.is_empty() {
-            return None;
-        }
-        self.id(format_args!("{field}"), value)
-    }
-
     /// Where a stream of audit entries begins.
     pub(in crate::grpc) fn audit_start(
         &mut self,
@@ -186,6 +177,7 @@ fn audit_token_parts(token: &str) -> Option<(&str, ListKey)> {
 #[cfg(test)]
 mod tests {
     use tonic::Code;
+    use uuid::Uuid;
 
     use super::*;
     use crate::{

@@ -10,8 +10,8 @@ use tokio::{
 use tokio_postgres::Client;
 
 use crate::{
-    audit::{changed, entries_where},
     commands::{Ran, command, hallpass},
+    consumer::{changed, entries_where},
     database::{Database, eventually},
     names::id,
     server::{Server, config, run_sql, set_role, within},

@@ -13,9 +13,9 @@ use hdrhistogram::Histogram;
 use tokio::{process::Command, task::JoinSet, time::interval};
 
 use crate::{
-    audit::Consumer,
     audit_list,
     commands::command,
+    consumer::Consumer,
     database::{Database, as_role, eventually},
     names::id,
     server::{Server, config, fill, run_sql},

@@ -14,7 +14,7 @@ use hallpass_client::{
 use tokio::time::{sleep, timeout};
 
 use crate::{
-    audit::{Consumer, cursor},
+    consumer::{Consumer, cursor},
     database::connect,
     sql::lines,
 };

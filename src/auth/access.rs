@@ -1,6 +1,6 @@
 //! The table of what each call needs. A call that has no row is refused, whoever makes it.
 
-use super::Scope;
+use super::{Caller, Forbidden, Scope};
 
 /// What a call needs of its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,13 +12,25 @@ pub enum Need {
     Scope(Scope),
 }
 
+impl Need {
+    /// # Errors
+    /// When the caller does not have what is needed.
+    pub fn opens_to(self, caller: &Caller) -> Result<(), Forbidden> {
+        match self {
+            Self::Nothing | Self::Credential => Ok(()),
+            Self::Scope(scope) => caller.may(scope),
+        }
+    }
+}
+
 /// What a call is answered with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     Message,
     /// As many messages as are wanted, until it is too old.
     Stream,
-    /// A stream that ends by itself when it is too old, and says where to go on.
+    /// A stream that ends by itself when it is too old, or its caller's [`Standing`](super::standing::Standing) is
+    /// lost, and says where to go on.
     EndingStream,
 }
 
@@ -81,11 +93,11 @@ pub const ACCESS: [(&str, Need, Answer); 11] = [
     ),
 ];
 
-/// What a call of this path needs; `None` for a path that nobody serves.
+/// What a call of this path needs, and is answered with; `None` for a path that nobody serves.
 #[must_use]
-pub fn need(path: &str) -> Option<Need> {
+pub fn row(path: &str) -> Option<(Need, Answer)> {
     ACCESS
         .iter()
         .find(|(known, ..)| *known == path)
-        .map(|(_, need, _)| *need)
+        .map(|(_, need, answer)| (*need, *answer))
 }

@@ -3,7 +3,7 @@
 use std::{fmt, time::Duration};
 
 use hallpass_client::{
-    tonic::{Code, Status, Streaming, transport::Channel},
+    tonic::{Code, Request, Status, Streaming, transport::Channel},
     v1::{
         AuditEntry, AuditFilter, AuditGap, ChangeType, StreamAuditEntriesRequest,
         StreamAuditEntriesResponse, audit_service_client::AuditServiceClient,
@@ -132,16 +132,38 @@ impl fmt::Debug for Consumer {
     }
 }
 
+fn message(start: Start, filter: AuditFilter) -> StreamAuditEntriesRequest {
+    StreamAuditEntriesRequest {
+        start: Some(start),
+        filter: Some(filter),
+    }
+}
+
 impl Consumer {
     pub(crate) async fn start(
         channel: &Channel,
         start: Start,
         filter: AuditFilter,
     ) -> Result<Self, Status> {
-        let request = StreamAuditEntriesRequest {
-            start: Some(start),
-            filter: Some(filter),
-        };
+        Self::open(channel, Request::new(message(start, filter))).await
+    }
+
+    /// As whoever has this API key or token.
+    pub(crate) async fn start_as(
+        channel: &Channel,
+        credential: &str,
+        start: Start,
+    ) -> Result<Self, Status> {
+        let mut request = Request::new(message(start, AuditFilter::default()));
+        let credential = format!("Bearer {credential}").parse().unwrap();
+        request.metadata_mut().insert("authorization", credential);
+        Self::open(channel, request).await
+    }
+
+    async fn open(
+        channel: &Channel,
+        request: Request<StreamAuditEntriesRequest>,
+    ) -> Result<Self, Status> {
         let mut client = AuditServiceClient::new(channel.clone());
         Ok(Self {
             stream: client.stream_audit_entries(request).await?.into_inner(),

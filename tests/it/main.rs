@@ -24,6 +24,7 @@ mod audit_ends;
 mod audit_figures;
 mod audit_gaps;
 mod audit_list;
+mod audit_standing;
 mod audit_stress;
 mod belief;
 mod bypass;

@@ -73,6 +73,10 @@ const CASES: [(&str, Code, &str); 6] = [
     ),
 ];
 
+fn all() -> AuditFilter {
+    AuditFilter::default()
+}
+
 /// Everything up to `at` and what is behind it are the log.
 async fn assert_goes_on(
     server: &Server,
@@ -81,7 +85,7 @@ async fn assert_goes_on(
     ended: &Consumer,
     at: &str,
 ) {
-    let mut rest = Consumer::start_as(&server.channel, credential, cursor(at))
+    let mut rest = Consumer::start_as(&server.channel, credential, cursor(at), all())
         .await
         .unwrap();
     rest.until(head(client).await).await;
@@ -101,7 +105,7 @@ async fn a_stream_ends_with_its_key_and_others_go_on() {
     let server = Server::start(config_with_keys(url, TIMING, Pepper::default())).await;
     let start = async |key: &str| {
         let start = Start::Earliest(true);
-        let mut stream = Consumer::start_as(&server.channel, key, start)
+        let mut stream = Consumer::start_as(&server.channel, key, start, all())
             .await
             .unwrap();
         stream.until(head(&client).await).await;
@@ -176,7 +180,7 @@ async fn a_stream_ends_with_its_token_and_others_go_on() {
     };
     let start = async |token: &str| {
         let start = Start::Earliest(true);
-        Consumer::start_as(&server.channel, token, start)
+        Consumer::start_as(&server.channel, token, start, all())
             .await
             .unwrap()
     };
@@ -225,7 +229,7 @@ async fn a_stream_by_a_certificate_goes_on() {
     let mut server = Server::listening_tls(config, tls).await;
     server.ready().await;
     let start = Start::Earliest(true);
-    let mut stream = Consumer::start(&server.channel, start, AuditFilter::default())
+    let mut stream = Consumer::start(&server.channel, start, all())
         .await
         .unwrap();
     // Each comes half a second after the one before, and so do the looks.

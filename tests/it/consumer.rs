@@ -153,8 +153,9 @@ impl Consumer {
         channel: &Channel,
         credential: &str,
         start: Start,
+        filter: AuditFilter,
     ) -> Result<Self, Status> {
-        let mut request = Request::new(message(start, AuditFilter::default()));
+        let mut request = Request::new(message(start, filter));
         let credential = format!("Bearer {credential}").parse().unwrap();
         request.metadata_mut().insert("authorization", credential);
         Self::open(channel, request).await
@@ -174,9 +175,14 @@ impl Consumer {
         })
     }
 
-    /// Takes the next event.
+    /// Takes the next event, which must come in time.
     pub(crate) async fn next(&mut self) -> Result<(), Status> {
-        let event = within("the next event", PATIENCE, self.stream.message()).await?;
+        within("the next event", PATIENCE, self.wait()).await
+    }
+
+    /// Takes the next event, whenever it comes.
+    pub(crate) async fn wait(&mut self) -> Result<(), Status> {
+        let event = self.stream.message().await?;
         match event.expect("a stream ends with a status").event.unwrap() {
             Event::Entries(batch) => {
                 self.cursor = batch.entries.last().unwrap().cursor.clone();

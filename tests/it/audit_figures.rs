@@ -127,22 +127,26 @@ async fn entries_arrive() {
 async fn idle_streams_cost_little() {
     let database = Database::create().await;
     fill(&database.client().await).await;
-    let key = Made::default().make(&database.url).await;
+    // A caller each, as each has its rate.
+    let mut keys = Vec::new();
+    for _ in 0..IDLE_CONNECTIONS {
+        keys.push(Made::default().make(&database.url).await);
+    }
     let directory = temporary_directory();
     let endpoint = format!("unix:{}", directory.path().join("socket").display());
     let serve = serve(&database, &endpoint, &["--auth", "api-key"]);
-    until_up(&endpoint, &key).await;
+    until_up(&endpoint, &keys[0]).await;
     let idle = serve.over(IDLE).await;
     let before = serve.memory("VmRSS:");
     let mut streams = JoinSet::new();
-    for _ in 0..IDLE_CONNECTIONS {
+    for key in &keys {
         let channel = hallpass_client::connect(&endpoint).await.unwrap();
         for _ in 0..IDLE_STREAMS / IDLE_CONNECTIONS {
             let nothing = AuditFilter {
                 organization_id: id("nobody's").to_string(),
                 ..AuditFilter::default()
             };
-            let mut stream = Consumer::start_as(&channel, &key, Start::Now(true), nothing)
+            let mut stream = Consumer::start_as(&channel, key, Start::Now(true), nothing)
                 .await
                 .unwrap();
             stream.next().await.unwrap();

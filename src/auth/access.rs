@@ -3,7 +3,7 @@
 use axum::extract::MatchedPath;
 use http::{Method, Request};
 
-use super::Scope;
+use super::{Caller, Forbidden, Scope};
 
 /// What a call needs of its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,13 +15,25 @@ pub enum Need {
     Scope(Scope),
 }
 
+impl Need {
+    /// # Errors
+    /// When the caller does not have what is needed.
+    pub fn opens_to(self, caller: &Caller) -> Result<(), Forbidden> {
+        match self {
+            Self::Nothing | Self::Credential => Ok(()),
+            Self::Scope(scope) => caller.may(scope),
+        }
+    }
+}
+
 /// What a call is answered with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     Message,
     /// As many messages as are wanted, until it is too old.
     Stream,
-    /// A stream that ends by itself when it is too old, and says where to go on.
+    /// A stream that ends by itself when it is too old, or its caller's [`Standing`](super::standing::Standing) is
+    /// lost, and says where to go on.
     EndingStream,
 }
 

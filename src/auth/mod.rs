@@ -9,6 +9,7 @@ pub mod api_key;
 pub mod certificates;
 pub mod grants;
 pub mod keys;
+pub mod standing;
 pub mod tokens;
 
 use std::{
@@ -377,7 +378,16 @@ impl Authenticator {
     /// Finds out who calls.
     #[must_use]
     pub fn authenticate(&self, headers: &HeaderMap, peer: &Peer) -> Authentication {
-        let credential = match bearer(headers) {
+        self.authenticate_by(bearer(headers), peer)
+    }
+
+    /// As [`Authenticator::authenticate`], by what [`bearer`] has found.
+    fn authenticate_by(
+        &self,
+        credential: Result<Option<&str>, AuthError>,
+        peer: &Peer,
+    ) -> Authentication {
+        let credential = match credential {
             _ if self.is_open => return Authentication::Known(Ok(Caller::anyone())),
             Err(error) => return Authentication::Known(Err(error)),
             Ok(credential) => credential,

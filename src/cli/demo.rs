@@ -149,11 +149,12 @@ fn guide(endpoint: &str, database: &Database, sample: &Sample) -> String {
         board_member,
         volunteer,
     } = sample;
-    let ask = if endpoint == format!("http://{DEFAULT_GRPC_LISTEN}") {
-        format!("{program} check")
+    let at = if endpoint == format!("http://{DEFAULT_GRPC_LISTEN}") {
+        String::new()
     } else {
-        format!("{program} check --endpoint {endpoint}")
+        format!(" --endpoint {endpoint}")
     };
+    let ask = format!("{program} check{at}");
     format!(
         "
 hallpass serves a made-up district: {ORGANIZATIONS} schools, {members} members
@@ -170,6 +171,9 @@ Paste into another terminal:
 3. Promote the volunteer as the application would, in SQL, and ask again:
 {psql} -c \"UPDATE profiles SET role = 'board_member' WHERE org_id = '{organization}' AND user_id = '{volunteer}'\"
 {ask} {organization} {volunteer} {SAMPLE_PERMISSION}
+
+4. See who has changed the volunteer's role, and who does from now on:
+{program} audit tail{at} --affected-user {volunteer} --from-earliest
 
 Ctrl-C stops it; the data stays.",
         members = ORGANIZATIONS * MEMBERS_AN_ORGANIZATION

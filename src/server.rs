@@ -8,6 +8,7 @@ pub mod io;
 mod readiness;
 pub mod slots;
 pub mod tls;
+mod web;
 
 use std::{
     future::Future,
@@ -16,7 +17,6 @@ use std::{
     time::Duration,
 };
 
-use axum::Router;
 use futures_util::future::{FutureExt, OptionFuture};
 use thiserror::Error;
 use tokio::{
@@ -98,6 +98,7 @@ pub struct Config {
     pub drain_max: Duration,
     pub bounds: Bounds,
     pub audit: audit::Limits,
+    pub http: http::Settings,
 }
 
 /// Why the service ended otherwise than by being told to.
@@ -273,21 +274,25 @@ pub async fn run(
         config.connections.clone(),
         stop.clone().cancelled_owned(),
     );
+    let (known, is_known) = watch::channel(http::Health::default());
     let services = http::Services {
         permissions,
         admin,
         audit,
+        health: http::HealthReport::new(is_known, &config.http),
     };
     let http = listeners.http.map(|listener| {
-        serve_http(
-            http::router(services, Arc::clone(&config.authenticator), limits),
+        let has_tls = config.http_tls.is_some() && matches!(listener, Listener::Tcp(_));
+        let authenticator = Arc::clone(&config.authenticator);
+        web::serve(
+            http::router(services, authenticator, limits, &config.http, has_tls),
             acceptor(listener, &config.http_tls),
             config.connections.clone(),
             stop.clone().cancelled_owned(),
         )
     });
     let mut server = AbortOnDropHandle::new(tokio::spawn(async {
-        tokio::try_join!(grpc, OptionFuture::from(http).map(Option::transpose))?;
+        tokio::try_join!(grpc, OptionFuture::from(http).map(Ok))?;
         Ok(())
     }));
     let watched = async {
@@ -295,7 +300,7 @@ pub async fn run(
         let ready = spawn_background(&config, &checker, &mut background);
         let serving = async {
             wait_until_ready(&config, &checker, ready).await;
-            watch_health(&checker, &health, on_ready).await
+            watch_health(&checker, &health, &known, on_ready).await
         };
         tokio::select! {
             never = serving => never,
@@ -309,6 +314,7 @@ pub async fn run(
     }
 
     report(&health, ServingStatus::NotServing).await;
+    known.send_modify(|known| known.serving = false);
     drain(&config, health, &stop, server).await?;
     streams.close();
     streams.wait().await;
@@ -357,21 +363,6 @@ async fn serve_grpc(
         .layer(GateLayer(authenticator, Arc::clone(&limits)))
         .layer(CallerLayer(limits))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(acceptor.incoming(), stop)
-        .await?;
-    Ok(())
-}
-
-/// HTTP/2 and HTTP/1.1; calls come through the same layers as over gRPC, within the router.
-async fn serve_http(
-    router: Router,
-    acceptor: Acceptor,
-    connections: Connections,
-    stop: impl Future<Output = ()>,
-) -> Result<(), ServeError> {
-    listen(&connections)
-        .accept_http1(true)
-        .add_routes(router.into())
         .serve_with_incoming_shutdown(acceptor.incoming(), stop)
         .await?;
     Ok(())

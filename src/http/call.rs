@@ -96,24 +96,22 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Names the field that is wrong.
+/// Names the field that is wrong, where it is JSON.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
-    let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let parsed = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-        let path = error.path().to_string();
-        (path, error.into_inner())
-    });
-    let parsed = parsed.and_then(|body| {
-        let ended = deserializer.end();
-        ended
-            .map(|()| body)
-            .map_err(|error| (".".to_owned(), error))
-    });
-    parsed.map_err(|(path, error)| {
-        // Of the whole.
-        let field = if path == "." { "body" } else { &path };
+    const WHOLE: &str = "body";
+    let malformed = |field: &str, error: &serde_json::Error| {
         Failure::malformed(&shortened(field), &shortened(&error.to_string()))
-    })
+    };
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let parsed = serde_path_to_error::deserialize(&mut deserializer);
+    let parsed = parsed.map_err(|error| {
+        let path = error.path().to_string();
+        let is_whole = path == "." || !error.inner().is_data();
+        malformed(if is_whole { WHOLE } else { &path }, error.inner())
+    })?;
+    let ended = deserializer.end();
+    ended.map_err(|error| malformed(WHOLE, &error))?;
+    Ok(parsed)
 }
 
 /// What is quoted of a request may be as long as it.

@@ -215,3 +215,36 @@ fn code_name(code: Code) -> String {
     }
     name
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_code_has_one_status() {
+        let table = [
+            (Code::Ok, 200, "OK"),
+            (Code::Cancelled, 499, "CANCELLED"),
+            (Code::Unknown, 500, "UNKNOWN"),
+            (Code::InvalidArgument, 400, "INVALID_ARGUMENT"),
+            (Code::DeadlineExceeded, 504, "DEADLINE_EXCEEDED"),
+            (Code::NotFound, 404, "NOT_FOUND"),
+            (Code::AlreadyExists, 409, "ALREADY_EXISTS"),
+            (Code::PermissionDenied, 403, "PERMISSION_DENIED"),
+            (Code::ResourceExhausted, 429, "RESOURCE_EXHAUSTED"),
+            (Code::FailedPrecondition, 400, "FAILED_PRECONDITION"),
+            (Code::Aborted, 409, "ABORTED"),
+            (Code::OutOfRange, 400, "OUT_OF_RANGE"),
+            (Code::Unimplemented, 501, "UNIMPLEMENTED"),
+            (Code::Internal, 500, "INTERNAL"),
+            (Code::Unavailable, 503, "UNAVAILABLE"),
+            (Code::DataLoss, 500, "DATA_LOSS"),
+            (Code::Unauthenticated, 401, "UNAUTHENTICATED"),
+        ];
+        for (number, (code, http, name)) in table.into_iter().enumerate() {
+            assert_eq!(code as usize, number);
+            assert_eq!(http_status(code).as_u16(), http, "{code:?}");
+            assert_eq!(code_name(code), name);
+        }
+    }
+}

@@ -8,14 +8,15 @@ use axum::{
     http::{
         HeaderMap, HeaderName, HeaderValue, Method,
         header::{
-            AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY,
-            RETRY_AFTER, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS, X_DNS_PREFETCH_CONTROL,
-            X_FRAME_OPTIONS,
+            AUTHORIZATION, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE,
+            REFERRER_POLICY, RETRY_AFTER, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
+            X_DNS_PREFETCH_CONTROL, X_FRAME_OPTIONS,
         },
     },
     middleware::Next,
     response::Response,
 };
+use http_body::Body as _;
 use tower_http::{
     CompressionLevel,
     compression::{
@@ -139,8 +140,11 @@ pub(super) fn of_compressed(response: axum::http::Response<CompressionBody<Body>
     response.map(Body::new)
 }
 
-/// As the layers that gRPC's calls come through have it.
-pub(super) fn of_tonic(response: Response) -> axum::http::Response<tonic::body::Body> {
+/// As the layers that gRPC's calls come through have it. They do not pass on how long an answer is.
+pub(super) fn of_tonic(mut response: Response) -> axum::http::Response<tonic::body::Body> {
+    if let Some(bytes) = response.body().size_hint().exact() {
+        response.headers_mut().insert(CONTENT_LENGTH, bytes.into());
+    }
     response.map(tonic::body::Body::new)
 }
 

@@ -102,6 +102,11 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
     let malformed = |field: &str, error: &serde_json::Error| {
         Failure::malformed(&shortened(field), &shortened(&error.to_string()))
     };
+    // serde would take a list of the fields' values, too.
+    let first = body.iter().find(|byte| !byte.is_ascii_whitespace());
+    if first.is_some_and(|byte| *byte != b'{') {
+        return Err(Failure::malformed(WHOLE, "must be a JSON object"));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let parsed = serde_path_to_error::deserialize(&mut deserializer);
     let parsed = parsed.map_err(|error| {

@@ -147,8 +147,22 @@ async fn requests_that_do_not_wait_for_answers_are_bounded() {
     let requests = HEALTH.repeat(1_000);
     let flooded = async { while flood.write_all(requests.as_bytes()).await.is_ok() {} };
     within("the flood is cut off", PATIENCE, flooded).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_is_old_takes_no_calls() {
+    let server = serve(
+        Connections {
+            age_max: Some(SHORT),
+            ..connections()
+        },
+        bounds(),
+    )
+    .await;
     let mut idle = TcpStream::connect(server.http).await.unwrap();
-    until_closed(&mut idle).await;
+    let answer = said(&mut idle, HEALTH).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     server.stop().await;
 }
 

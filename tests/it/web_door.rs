@@ -47,9 +47,14 @@ async fn a_body_that_is_wrong_is_told_what_is() {
             "[]".to_owned(),
             "400 INVALID_REQUEST",
             "body",
-            "missing field",
+            "must be a JSON object",
         ),
-        ("null".to_owned(), "400 INVALID_REQUEST", "body", "null"),
+        (
+            "null".to_owned(),
+            "400 INVALID_REQUEST",
+            "body",
+            "must be a JSON object",
+        ),
         (
             "{}".to_owned(),
             "400 INVALID_REQUEST",

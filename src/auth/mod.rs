@@ -412,7 +412,10 @@ impl Authenticator {
 }
 
 /// The credential that a request carries. More than one is malformed: which one counts must not be guessed.
-fn bearer(headers: &HeaderMap) -> Result<Option<&str>, AuthError> {
+///
+/// # Errors
+/// When it is malformed.
+pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, AuthError> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let Some(value) = values.next() else {
         return Ok(None);

@@ -51,7 +51,7 @@ pub fn of_http(reason: &str, message: &str) -> Status {
 }
 
 /// A batch of so many items, refused before any is looked at.
-pub(super) fn too_many_items(found: usize) -> Status {
+pub fn too_many_items(found: usize) -> Status {
     let description = format!("must be 1 to {BATCH_ITEMS_MAX} items, not {found}");
     invalid(vec![FieldViolation::new("items", description)])
 }
@@ -238,7 +238,7 @@ impl From<StoreError> for Status {
 }
 
 /// A defect.
-pub(super) fn internal() -> Status {
+pub fn internal() -> Status {
     Status::internal("the server has failed")
 }
 
@@ -282,7 +282,7 @@ impl From<AdminError> for Status {
 }
 
 /// A status as a message, for an item of a batch.
-pub(super) fn to_message(status: &Status) -> pb::Status {
+pub fn to_message(status: &Status) -> pb::Status {
     // Details, where there are any, are a whole google.rpc.Status.
     let details = pb::Status::decode(status.details()).map(|whole| whole.details);
     pb::Status {

@@ -1,17 +1,29 @@
 //! What every answer's headers say: which request it is to, and what a browser may do with it.
 
+use std::time::Duration;
+
 use axum::{
     body::Body,
     extract::Request,
     http::{
-        HeaderMap, HeaderName, HeaderValue,
+        HeaderMap, HeaderName, HeaderValue, Method,
         header::{
-            CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY,
-            X_CONTENT_TYPE_OPTIONS, X_DNS_PREFETCH_CONTROL, X_FRAME_OPTIONS,
+            AUTHORIZATION, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE,
+            REFERRER_POLICY, RETRY_AFTER, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
+            X_DNS_PREFETCH_CONTROL, X_FRAME_OPTIONS,
         },
     },
     middleware::Next,
     response::Response,
+};
+use http_body::Body as _;
+use tower_http::{
+    CompressionLevel,
+    compression::{
+        CompressionBody, CompressionLayer,
+        predicate::{And, NotForContentType, Predicate, SizeAbove},
+    },
+    cors::{AllowOrigin, CorsLayer},
 };
 use uuid::Uuid;
 
@@ -20,8 +32,19 @@ pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 /// As long as a trace's and a span's together, twice.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
+/// Shorter answers fit into one packet as they are.
+const COMPRESSED_FROM_BYTES: u16 = 1 << 10;
+
+/// How long a browser remembers what it was allowed to send; Chromium believes no more than two hours.
+const CORS_AGE_MAX: Duration = Duration::from_secs(60 * 60);
+
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+
+/// Where TLS is on: a browser that has come once with it never comes without it.
+const ONLY_WITH_TLS: HeaderValue = HeaderValue::from_static("max-age=31536000; includeSubDomains");
+
 /// What helmet sends for a JSON API. A page that is meant to be shown says otherwise itself.
-const SECURITY: [(HeaderName, &str); 12] = [
+const SECURITY: [(HeaderName, &str); 11] = [
     (CACHE_CONTROL, "no-store"),
     (
         CONTENT_SECURITY_POLICY,
@@ -37,10 +60,6 @@ const SECURITY: [(HeaderName, &str); 12] = [
     ),
     (HeaderName::from_static("origin-agent-cluster"), "?1"),
     (REFERRER_POLICY, "no-referrer"),
-    (
-        STRICT_TRANSPORT_SECURITY,
-        "max-age=31536000; includeSubDomains",
-    ),
     (X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (X_DNS_PREFETCH_CONTROL, "off"),
     (HeaderName::from_static("x-download-options"), "noopen"),
@@ -80,8 +99,11 @@ pub(super) fn request_id(headers: &HeaderMap) -> &str {
     id.unwrap_or_default()
 }
 
-pub(super) fn secured(mut response: Response) -> Response {
+pub(super) fn secured(mut response: Response, has_tls: bool) -> Response {
     let headers = response.headers_mut();
+    if has_tls {
+        headers.insert(STRICT_TRANSPORT_SECURITY, ONLY_WITH_TLS);
+    }
     for (name, value) in SECURITY {
         headers
             .entry(name)
@@ -90,8 +112,39 @@ pub(super) fn secured(mut response: Response) -> Response {
     response
 }
 
-/// As the layers that gRPC's calls come through have it.
-pub(super) fn of_tonic(response: Response) -> axum::http::Response<tonic::body::Body> {
+/// Lets pages of these origins call from a browser; `None` without any. It answers a browser's question whether it may
+/// (preflight) by itself, for that carries no credential.
+pub(super) fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
+    if origins.is_empty() {
+        return None;
+    }
+    let layer = CorsLayer::new()
+        .allow_origin(AllowOrigin::list(origins.iter().cloned()))
+        .allow_methods([Method::GET, Method::POST, Method::PUT, Method::DELETE])
+        .allow_headers([AUTHORIZATION, CONTENT_TYPE, REQUEST_ID, LAST_EVENT_ID])
+        .expose_headers([REQUEST_ID, RETRY_AFTER])
+        .max_age(CORS_AGE_MAX);
+    Some(layer)
+}
+
+/// A stream's events are not held back to be compressed.
+pub(super) fn compression() -> CompressionLayer<And<SizeAbove, NotForContentType>> {
+    let predicate = SizeAbove::new(COMPRESSED_FROM_BYTES).and(NotForContentType::SSE);
+    CompressionLayer::new()
+        .gzip(true)
+        .quality(CompressionLevel::Fastest)
+        .compress_when(predicate)
+}
+
+pub(super) fn of_compressed(response: axum::http::Response<CompressionBody<Body>>) -> Response {
+    response.map(Body::new)
+}
+
+/// As the layers that gRPC's calls come through have it. They do not pass on how long an answer is.
+pub(super) fn of_tonic(mut response: Response) -> axum::http::Response<tonic::body::Body> {
+    if let Some(bytes) = response.body().size_hint().exact() {
+        response.headers_mut().insert(CONTENT_LENGTH, bytes.into());
+    }
     response.map(tonic::body::Body::new)
 }
 

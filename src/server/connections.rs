@@ -17,6 +17,10 @@ const HANDSHAKES_MAX: usize = 500;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Without a whole request on a connection of HTTP/1.1, be it idle or amid headers. Longer than balancers keep theirs
+/// idle, a minute mostly: whoever sends ends a connection, or a request meets its end.
+const IDLE_MAX: Duration = Duration::from_secs(75);
+
 /// What connections may take; of all listeners together, where it is a number of them.
 #[derive(Clone, Debug)]
 pub struct Connections {
@@ -35,6 +39,8 @@ pub struct Connections {
     pub keepalive_interval: Duration,
     /// For its answer, and for the network to take what is sent to it.
     pub keepalive_timeout: Duration,
+    /// With HTTP/1.1, from an answer to the last byte of the next request's headers.
+    pub idle_max: Duration,
 }
 
 impl Connections {
@@ -54,6 +60,7 @@ impl Connections {
             handshakes_max: HANDSHAKES_MAX,
             keepalive_interval: KEEPALIVE_INTERVAL,
             keepalive_timeout: KEEPALIVE_TIMEOUT,
+            idle_max: IDLE_MAX,
         }
     }
 }

@@ -38,6 +38,7 @@ mod database_tls;
 mod deadlines;
 mod dump;
 mod embedded;
+mod examples;
 mod executors;
 mod feed;
 mod freshness;

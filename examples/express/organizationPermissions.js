@@ -51,16 +51,16 @@ const checkAll = async (req, keys) => {
   });
 };
 
-/** Middleware that goes on if `decide` says so; `denied` is what the body of a 403 has besides. */
+/** Middleware that goes on if `decide` says so; `denied` is what the body of a 403 has besides its `error`. */
 const permit = (decide, denied) => async (req, res, next) => {
   if (!req.user || !req.orgId) {
     return res.status(401).json({ error: 'Authentication required' });
   }
-  let allowed = false;
+  let allowed;
   try {
     allowed = await decide(req);
   } catch (error) {
-    console.error(`cannot check ${JSON.stringify(denied)} for user ${req.user.id}: ${error.message}`);
+    console.error(`cannot check ${denied.permission ?? denied.permissions} for user ${req.user.id}: ${error.message}`);
     return res.status(503).json({ error: 'Permission check failed' });
   }
   if (!allowed) {
@@ -73,8 +73,7 @@ const permit = (decide, denied) => async (req, res, next) => {
 export const requireOrgPermission = (permissionKey) =>
   permit((req) => check(req, permissionKey), {
     permission: permissionKey,
-    message:
-      'Your role does not have permission to perform this action. Contact your organization administrator.',
+    message: 'Your role does not have permission to perform this action. Contact your organization administrator.',
   });
 
 /** Lets pass who has all of the permissions (`AND`), or any of them (`OR`). */

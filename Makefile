@@ -120,7 +120,7 @@ $(BUF): tools/package.json tools/package-lock.json
 	npm ci --prefix tools --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error
 	@touch $@
 
-mutants: ## take out one safety check after the other and see the tests fail
+mutants: examples ## take out one safety check after the other and see the tests fail
 	@tools/prerequisites.sh rust cc postgresql
 	@tools/mutants.sh $(ONLY)
 
@@ -165,7 +165,7 @@ torture: ## kill, stop, cut off and restore for a quarter of an hour, and check 
 	@CHECKS=$(CHECKS) TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::answers_are_right_through_every_fault --ignored --nocapture
 
-torture-mutants: ## take out what keeps answers fresh, one after the other, and see the torture find it
+torture-mutants: examples ## take out what keeps answers fresh, one after the other, and see the torture find it
 	@tools/prerequisites.sh rust cc postgresql psql
 	@tools/mutants.sh --torture $(ONLY)
 

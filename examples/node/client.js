@@ -16,7 +16,8 @@ const OPTIONS = {
 
 const protos = ['hallpass/v1/permission_service.proto', 'hallpass/v1/audit_service.proto'];
 const includeDirs = [fileURLToPath(new URL('../../proto', import.meta.url))];
-const loaded = protoLoader.loadSync(protos, { includeDirs, keepCase: true, defaults: true, enums: String, oneofs: true });
+const shape = { keepCase: true, defaults: true, enums: String, oneofs: true };
+const loaded = protoLoader.loadSync(protos, { includeDirs, ...shape });
 const { PermissionService, AuditService } = grpc.loadPackageDefinition(loaded).hallpass.v1;
 const credentials = endpoint.protocol === 'https:' ? grpc.credentials.createSsl() : grpc.credentials.createInsecure();
 const metadata = new grpc.Metadata();
@@ -40,7 +41,7 @@ async function list(organization_id, user_id) {
   }
 }
 
-// Prints each change once. A crash between the two lines that print and keep repeats a few: drop those whose `id` you have.
+// Prints each change once. A crash between printing and keeping repeats a few: drop those whose `id` you have.
 async function follow(cursorFile) {
   const client = new AuditService(endpoint.host, credentials, OPTIONS);
   for (;;) {

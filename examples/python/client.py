@@ -11,7 +11,8 @@ from hallpass.v1 import audit_service_pb2 as audit, audit_service_pb2_grpc as au
 from hallpass.v1 import permission_service_pb2 as permissions, permission_service_pb2_grpc as permissions_rpc
 
 ENDPOINT = urlsplit(os.environ.get("HALLPASS_ENDPOINT", "http://127.0.0.1:50051"))
-METADATA = [("authorization", f"Bearer {os.environ['HALLPASS_TOKEN']}")] if "HALLPASS_TOKEN" in os.environ else []
+TOKEN = os.environ.get("HALLPASS_TOKEN")
+METADATA = [("authorization", f"Bearer {TOKEN}")] if TOKEN else []
 DEADLINE_SECONDS = 5
 OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),  # an audit entry can be larger than the 4 MiB of the default
@@ -48,7 +49,7 @@ def list_(organization, user):
 
 
 def follow(cursor_file):
-    """Prints each change once. A crash between the lines that print and keep repeats a few: drop those whose `id` you have."""
+    """Prints each change once. A crash between printing and keeping repeats a few: drop those whose `id` you have."""
     while True:
         cursor = open(cursor_file).read() if os.path.exists(cursor_file) else ""
         start = {"cursor": cursor} if cursor else {"earliest": True}

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// What no line of an example should take.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An example that is a program of commands.
 #[derive(Clone, Copy, Debug)]

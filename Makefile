@@ -26,7 +26,11 @@ ifeq ($(NODE_EXTRA_CA_CERTS),)
 export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
-.PHONY: help demo test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
+# What the examples import, as their lock files have it. Installed once: tests then need no network.
+NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/node_modules/.package-lock.json
+PYTHON = target/python/bin/python
+
+.PHONY: help demo examples test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
 	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation
 
 help: ## list the targets
@@ -38,9 +42,25 @@ demo: ## serve a made-up district from a private PostgreSQL, with commands to pa
 	@$(CARGO) build --release --locked --quiet --bin hallpass
 	@$(CARGO) run --release --locked --quiet --bin hallpass -- demo
 
-test: ## run all tests, on a PostgreSQL of their own
+test: examples ## run all tests, on a PostgreSQL of their own
 	@tools/prerequisites.sh rust cc postgresql
 	$(CARGO) test --workspace --exclude hallpass-fuzz --locked
+
+examples: $(NODE_MODULES) target/python/installed ## install what the examples import, for tests to run them
+
+examples/%/node_modules/.package-lock.json: examples/%/package.json examples/%/package-lock.json
+	@tools/prerequisites.sh npm
+	npm ci --prefix examples/$* --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error
+	@touch $@
+
+# With the stubs that the examples in Python import.
+target/python/installed: examples/python/requirements.txt $(wildcard proto/*/*/*.proto)
+	@tools/prerequisites.sh python
+	python3 -m venv target/python
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(PYTHON) -m grpc_tools.protoc -I proto --python_out=target/python --grpc_python_out=target/python \
+		hallpass/v1/audit_service.proto hallpass/v1/permission_service.proto
+	@touch $@
 
 lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contract and the scripts
 
@@ -100,7 +120,7 @@ $(BUF): tools/package.json tools/package-lock.json
 	npm ci --prefix tools --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error
 	@touch $@
 
-mutants: ## take out one safety check after the other and see the tests fail
+mutants: examples ## take out one safety check after the other and see the tests fail
 	@tools/prerequisites.sh rust cc postgresql
 	@tools/mutants.sh $(ONLY)
 
@@ -128,13 +148,9 @@ audit-kills: ## kill a replica and the database TIMES=25 times each, and compare
 	@TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::audit_streams_lose_nothing_through_kills --ignored --nocapture
 
-audit-consumer: target/python ## run the Python consumer of docs/audit.md
-	@PYTHON=$(CURDIR)/target/python/bin/python $(CARGO) test --locked --quiet --test it -- \
+audit-consumer: target/python/installed ## run the Python consumer of docs/audit.md
+	@PYTHON=$(CURDIR)/$(PYTHON) $(CARGO) test --locked --quiet --test it -- \
 		--exact audit_commands::the_consumer_of_the_documentation_loses_nothing --ignored
-
-target/python:
-	python3 -m venv $@
-	$@/bin/pip install --quiet grpcio grpcio-tools
 
 audit-figures: ## measure how late audit entries arrive, and how fast a million of them are exported
 	@tools/prerequisites.sh rust cc postgresql
@@ -149,7 +165,7 @@ torture: ## kill, stop, cut off and restore for a quarter of an hour, and check 
 	@CHECKS=$(CHECKS) TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::answers_are_right_through_every_fault --ignored --nocapture
 
-torture-mutants: ## take out what keeps answers fresh, one after the other, and see the torture find it
+torture-mutants: examples ## take out what keeps answers fresh, one after the other, and see the torture find it
 	@tools/prerequisites.sh rust cc postgresql psql
 	@tools/mutants.sh --torture $(ONLY)
 

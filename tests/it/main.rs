@@ -42,6 +42,7 @@ mod database_tls;
 mod deadlines;
 mod dump;
 mod embedded;
+mod examples;
 mod executors;
 mod feed;
 mod freshness;

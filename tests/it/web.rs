@@ -53,9 +53,13 @@ pub(crate) struct Web {
 
 impl Web {
     pub(crate) fn of(server: &Server) -> Self {
+        Self::at(server.http)
+    }
+
+    pub(crate) fn at(address: SocketAddr) -> Self {
         Self {
             client: Client::builder(TokioExecutor::new()).build_http(),
-            address: server.http,
+            address,
             headers: Vec::new(),
         }
     }

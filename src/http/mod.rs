@@ -10,6 +10,7 @@ mod common;
 mod failure;
 mod headers;
 mod openapi;
+mod organization_permissions;
 
 use std::sync::Arc;
 
@@ -45,6 +46,7 @@ pub fn router(
 ) -> Router {
     let (routes, description) = OpenApiRouter::with_openapi(openapi::description())
         .routes(routes!(check::check))
+        .merge(organization_permissions::routes())
         .split_for_parts();
     routes
         .merge(openapi::routes(description))

@@ -91,5 +91,7 @@ mod torture;
 mod uninstall;
 mod upgrade;
 mod web;
+mod web_admin;
+mod web_admin_refused;
 mod web_check;
 mod writers;

@@ -27,7 +27,7 @@ export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
 .PHONY: help demo test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
-	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation
+	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -157,3 +157,7 @@ revocation: ## measure how long a revocation takes to reach three replicas
 	@tools/prerequisites.sh rust cc postgresql psql
 	@$(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::revocation::a_revocation_reaches_every_replica --ignored --nocapture
+
+web-figures: ## measure pages of an organization of 10,000 members over HTTP, and a thousand requests a minute
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) test --release --locked --quiet --test it -- web_figures:: --ignored --nocapture --test-threads 1

@@ -94,4 +94,5 @@ mod web;
 mod web_admin;
 mod web_admin_refused;
 mod web_check;
+mod web_figures;
 mod writers;

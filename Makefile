@@ -31,7 +31,7 @@ NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/no
 PYTHON = target/python/bin/python
 
 .PHONY: help demo examples test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
-	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation
+	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -173,3 +173,7 @@ revocation: ## measure how long a revocation takes to reach three replicas
 	@tools/prerequisites.sh rust cc postgresql psql
 	@$(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::revocation::a_revocation_reaches_every_replica --ignored --nocapture
+
+web-figures: ## measure pages of an organization of 10,000 members over HTTP, and a thousand requests a minute
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) test --release --locked --quiet --test it -- web_figures:: --ignored --nocapture --test-threads 1

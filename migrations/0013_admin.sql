@@ -49,7 +49,9 @@ CREATE FUNCTION hallpass.require_role(asked text) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM public.permission_roles r WHERE r.role_key::text = asked) THEN
-        RAISE EXCEPTION 'the role ladder has no role of this name' USING ERRCODE = 'HPN03';
+        -- As JSON without its quotes: on one line, whatever was asked for.
+        RAISE EXCEPTION 'the role ladder has no role `%`', substr(left(to_json(left(asked, 64))::text, -1), 2)
+            USING ERRCODE = 'HPN03';
     END IF;
 END $$;
 

@@ -26,7 +26,8 @@ const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
 const RETRY_OVERLOADED: Duration = Duration::from_millis(100);
 
 /// The request is malformed; names every field that is.
-pub(super) fn invalid(violations: Vec<FieldViolation>) -> Status {
+#[must_use]
+pub fn invalid(violations: Vec<FieldViolation>) -> Status {
     let message = violations
         .iter()
         .map(|violation| format!("{}: {}", violation.field, violation.description))

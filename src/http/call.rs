@@ -15,7 +15,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tonic::{Status, metadata::MetadataMap};
 
 use super::failure::Failure;
-use crate::auth::Caller;
+use crate::auth::{Caller, Peer};
 
 /// Enough of a complaint to see what is wrong.
 const QUOTED_CHARS_MAX: usize = 300;
@@ -23,6 +23,7 @@ const QUOTED_CHARS_MAX: usize = 300;
 /// What a handler needs of a call besides its message.
 pub(super) struct Call {
     caller: Option<Arc<Caller>>,
+    peer: Option<Peer>,
     headers: HeaderMap,
 }
 
@@ -33,6 +34,9 @@ impl Call {
         *request.metadata_mut() = MetadataMap::from_headers(self.headers);
         if let Some(caller) = self.caller {
             request.extensions_mut().insert(caller);
+        }
+        if let Some(peer) = self.peer {
+            request.extensions_mut().insert(peer);
         }
         request
     }
@@ -48,6 +52,7 @@ impl<S: Sync> FromRequestParts<S> for Call {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failure> {
         Ok(Self {
             caller: parts.extensions.get().cloned(),
+            peer: parts.extensions.get().cloned(),
             headers: parts.headers.clone(),
         })
     }

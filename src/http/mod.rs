@@ -13,6 +13,7 @@ mod headers;
 mod health;
 mod lists;
 mod openapi;
+mod organization_permissions;
 
 use std::sync::Arc;
 
@@ -76,6 +77,7 @@ pub fn router(
         .routes(routes!(batch::batch_check).layer(batch_body))
         .routes(routes!(lists::user_permissions))
         .routes(routes!(lists::summary))
+        .merge(organization_permissions::routes())
         .split_for_parts();
     routes
         .merge(openapi::routes(description))

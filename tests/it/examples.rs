@@ -14,8 +14,8 @@ use tokio::{
 use tokio_postgres::Client;
 
 use crate::{
-    audit::{changed, entries_where},
     commands::{command, finish},
+    consumer::{changed, entries_where},
     database::{Database, eventually},
     keyring::{Made, TIMING, client_with, config_with_keys},
     names::id,

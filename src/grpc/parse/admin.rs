@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{Fields, shown};
 use crate::{
     auth::Identity,
-    grpc::v1,
+    grpc::{admin_service::UserOverride, v1},
     model::OrganizationId,
     store::admin::{Actor, Micros, Step},
 };
@@ -300,6 +300,64 @@ impl Fields<'_> {
             user_id,
             permission_key,
         }])
+    }
+
+    pub(in crate::grpc) fn user_overrides(
+        &mut self,
+        organization: &str,
+        overrides: Vec<UserOverride>,
+    ) -> Option<Vec<Step>> {
+        let organization = self.organization(organization);
+        if overrides.is_empty() || overrides.len() > BULK_ITEMS_MAX {
+            let found = overrides.len();
+            self.violation(
+                "overrides",
+                format!("must be 1 to {BULK_ITEMS_MAX} overrides, not {found}"),
+            );
+            return None;
+        }
+        let mut users = Vec::with_capacity(overrides.len());
+        for (
+            index,
+            UserOverride {
+                user_id,
+                permission,
+                granted,
+            },
+        ) in overrides.into_iter().enumerate()
+        {
+            let prefix = format!("overrides[{index}].");
+            let user = self.id(format_args!("{prefix}user_id"), &user_id);
+            self.key(format_args!("{prefix}permission_key"), &permission);
+            users.push(user.map(|user| (permission, user, granted)));
+        }
+        let mut users: Vec<(String, Uuid, bool)> = users.into_iter().collect::<Option<_>>()?;
+        // In one order for all, as in a bulk change.
+        users.sort();
+        if let Some(twice) = users
+            .windows(2)
+            .find(|pair| (&pair[0].0, pair[0].1) == (&pair[1].0, pair[1].1))
+        {
+            let complaint = format!("`{}` is there twice for one user", shown(&twice[0].0));
+            self.violation("overrides", complaint);
+        }
+        let org_id = organization?.0;
+        let steps = users.into_iter().map(|(permission_key, user_id, granted)| {
+            if granted {
+                Step::GrantUser {
+                    org_id,
+                    user_id,
+                    permission_key,
+                }
+            } else {
+                Step::RevokeUser {
+                    org_id,
+                    user_id,
+                    permission_key,
+                }
+            }
+        });
+        Some(steps.collect())
     }
 
     /// Whoever changes a membership changes the organization, its own membership too.

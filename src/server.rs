@@ -37,6 +37,10 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use self::{
     accept::Acceptor,
+    connections::{
+        ERROR_RESETS_MAX, FRAME_BYTES_MAX, HEADER_LIST_BYTES_MAX, STREAMS_A_CONNECTION_MAX,
+        UNSEEN_RESETS_MAX, WINDOW_BYTES,
+    },
     io::Io,
     readiness::{Readiness, prepare, wait_until_ready, warm_up, watch_health},
     slots::Slots,
@@ -129,27 +133,6 @@ pub struct Listeners {
 
 /// The name under which health is asked for.
 const SERVICE: &str = v1::permission_service_server::SERVICE_NAME;
-
-/// Calls at once on one connection: as many as a busy client's pool has in flight, few enough to bound their buffers.
-const STREAMS_A_CONNECTION_MAX: u32 = 1_000;
-
-/// A token of 8 kB with room for what else a call carries. Past it a call is refused, past four times it the connection
-/// ends; so it does after 5 CONTINUATION frames, a number that h2 derives from this one.
-const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
-
-/// What a connection may have sent and the service not have read: a request of 10,000 items comes in two round trips.
-const WINDOW_BYTES: u32 = 1 << 20;
-
-/// The least that HTTP/2 allows. Greater frames would make short calls wait behind long ones.
-const FRAME_BYTES_MAX: u32 = 16 << 10;
-
-/// Calls that are taken back before they are looked at, on one connection at once (rapid reset). A client that gives up
-/// a whole burst of calls at a time comes nowhere near, for they are looked at as they come.
-const UNSEEN_RESETS_MAX: usize = 20;
-
-/// Calls of one connection in its life that break the protocol and are reset for it. An honest client has none. Unless
-/// tonic is told a number it lifts hyper's bound (RUSTSEC-2024-0003).
-const ERROR_RESETS_MAX: usize = 1_000;
 
 /// 10,000 items, with two ids of 36 bytes each and a permission's key of 76 on average: three times as long as keys are.
 /// Keys may have 255 bytes, and fewer items of such a length fit. A request that is packed has this bound unpacked, too.

@@ -113,7 +113,7 @@ struct Dependencies {
 )]
 #[expect(
     clippy::disallowed_methods,
-    reason = "told to people, and compared with nothing"
+    reason = "said to people; nothing is measured with it"
 )]
 pub(super) async fn health(State(services): State<Services>) -> (StatusCode, Json<HealthAnswer>) {
     let report = services.health;

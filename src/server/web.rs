@@ -24,12 +24,11 @@ use tower::ServiceExt;
 
 use super::{
     accept::Acceptor,
-    connections::Connections,
-    io::Io,
-    rpc::{
-        ERROR_RESETS_MAX, FRAME_BYTES_MAX, HEADER_LIST_BYTES_MAX, STREAMS_A_CONNECTION_MAX,
-        UNSEEN_RESETS_MAX, WINDOW_BYTES,
+    connections::{
+        Connections, ERROR_RESETS_MAX, FRAME_BYTES_MAX, HEADER_LIST_BYTES_MAX,
+        STREAMS_A_CONNECTION_MAX, UNSEEN_RESETS_MAX, WINDOW_BYTES,
     },
+    io::Io,
 };
 
 /// What HTTP/1.1 reads ahead of a request, its headers included: whoever sends requests without waiting for the answers

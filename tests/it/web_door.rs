@@ -82,7 +82,7 @@ async fn a_body_that_is_wrong_is_told_what_is() {
         (
             good.replacen('{', "{\"permission\":\"x\",", 1),
             "400 INVALID_REQUEST",
-            "permission",
+            "body",
             "duplicate field",
         ),
         (

@@ -76,7 +76,7 @@ BEGIN
     SELECT t.updated_at INTO template_updated_at FROM public.organization_permission_templates t
     WHERE t.permission_key = asked_key;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'the catalog has no permission of this name' USING ERRCODE = 'HPN02';
+        RAISE EXCEPTION 'the catalog has no permission `%`', asked_key USING ERRCODE = 'HPN02';
     END IF;
     SELECT o.updated_at INTO own_updated_at FROM public.organization_permissions o
     WHERE o.org_id = asked_org_id AND o.permission_key = asked_key FOR UPDATE;
@@ -143,7 +143,7 @@ DECLARE
 BEGIN
     PERFORM hallpass.require_organization(asked_org_id);
     IF NOT EXISTS (SELECT FROM public.organization_permission_templates t WHERE t.permission_key = asked_key) THEN
-        RAISE EXCEPTION 'the catalog has no permission of this name' USING ERRCODE = 'HPN02';
+        RAISE EXCEPTION 'the catalog has no permission `%`', asked_key USING ERRCODE = 'HPN02';
     END IF;
     IF NOT EXISTS (SELECT FROM hallpass.members m WHERE m.org_id = asked_org_id AND m.user_id = asked_user_id) THEN
         RAISE EXCEPTION 'the user is no member of the organization' USING ERRCODE = 'HPN04';
@@ -255,7 +255,7 @@ BEGIN
     SELECT t.updated_at INTO present FROM public.organization_permission_templates t
     WHERE t.permission_key = asked_key FOR UPDATE;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'the catalog has no permission of this name' USING ERRCODE = 'HPN02';
+        RAISE EXCEPTION 'the catalog has no permission `%`', asked_key USING ERRCODE = 'HPN02';
     END IF;
     PERFORM hallpass.require_unchanged(present, expected);
     DELETE FROM public.organization_permission_templates t WHERE t.permission_key = asked_key;

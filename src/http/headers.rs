@@ -121,7 +121,11 @@ pub(super) fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
     let layer = CorsLayer::new()
         .allow_origin(AllowOrigin::list(origins.iter().cloned()))
         .allow_methods([Method::GET, Method::POST, Method::PUT, Method::DELETE])
-        .allow_headers([AUTHORIZATION, CONTENT_TYPE, REQUEST_ID, LAST_EVENT_ID])
+        .allow_headers(
+            [AUTHORIZATION, CONTENT_TYPE, REQUEST_ID, LAST_EVENT_ID]
+                .into_iter()
+                .chain(organization_permissions::actor::HEADERS.map(HeaderName::from_static)),
+        )
         .expose_headers([REQUEST_ID, RETRY_AFTER])
         .max_age(CORS_AGE_MAX);
     Some(layer)

@@ -2,7 +2,7 @@
 //!
 //! Invariant: each change is one call of the admin service, so that it is all or nothing and the rules are gRPC's.
 
-mod actor;
+pub(super) mod actor;
 mod outcome;
 mod shapes;
 

@@ -82,7 +82,8 @@ async fn pages_of_a_large_organization() {
     let (_database, client, server, web) = start().await;
     let list = format!("{PATH}?organization_id={}", lincoln());
     let user = format!("{PATH}/user/{}?organization_id={}", id("pat"), lincoln());
-    for (what, path) in [("list", &list), ("user", &user)] {
+    let summary = format!("/v1/organizations/{}/summary", lincoln());
+    for (what, path) in [("list", &list), ("summary", &summary), ("user", &user)] {
         let mut times = histogram();
         for _ in 0..CALLS {
             let since = Instant::now();

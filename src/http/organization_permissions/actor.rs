@@ -14,6 +14,9 @@ pub(super) const USER_ID: &str = "x-actor-user-id";
 pub(super) const PROFILE_ID: &str = "x-actor-profile-id";
 pub(super) const SESSION_ID: &str = "x-actor-session-id";
 
+/// What pages of other origins have to be let send.
+pub(in crate::http) const HEADERS: [&str; 3] = [USER_ID, PROFILE_ID, SESSION_ID];
+
 /// On whose behalf: with a JWT its subject, and another user is refused; with an API key whom it names here.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Header)]

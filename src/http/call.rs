@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     extract::{FromRequest, FromRequestParts, Path, Query, Request, rejection::JsonRejection},
-    http::{HeaderMap, request::Parts},
+    http::{HeaderMap, HeaderValue, request::Parts},
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tonic::{Status, metadata::MetadataMap};
@@ -27,6 +27,11 @@ impl Call {
             request.extensions_mut().insert(caller);
         }
         request
+    }
+
+    /// Where a browser says which event it has seen last.
+    pub(super) fn last_event_id(&self) -> Option<&HeaderValue> {
+        self.headers.get("last-event-id")
     }
 
     pub(super) fn caller(&self) -> Option<&Caller> {

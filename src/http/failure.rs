@@ -42,6 +42,14 @@ impl Failure {
             http: Some(http),
         }
     }
+
+    /// A failure for which HTTP has a status that fits better than its code's.
+    pub(super) fn with_http(status: Status, http: StatusCode) -> Self {
+        Self {
+            status,
+            http: Some(http),
+        }
+    }
 }
 
 impl From<Status> for Failure {
@@ -123,11 +131,7 @@ pub(super) async fn as_json(request: Request, next: Next) -> Response {
         ),
         _ => (
             more_precise.unwrap_or_else(|| http_status(failed.code())),
-            if reason.is_empty() {
-                code_name(failed.code())
-            } else {
-                reason.clone()
-            },
+            code(&failed),
             failed.message().to_owned(),
         ),
     };
@@ -188,6 +192,16 @@ fn http_status(code: Code) -> StatusCode {
         Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
         Code::Unknown | Code::Internal | Code::DataLoss => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// What programs know a failure by.
+pub(super) fn code(failed: &Status) -> String {
+    let reason = status::reason(failed);
+    if reason.is_empty() {
+        code_name(failed.code())
+    } else {
+        reason
     }
 }
 

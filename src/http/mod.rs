@@ -4,9 +4,11 @@
 //! Invariants: nothing is decided here, so that both doors say the same; a call comes through the same gate and limits; every
 //! answer names its request, and every error is `{"error", "code", "request_id"}`.
 
+mod audit;
 mod call;
 mod check;
 mod common;
+mod docs;
 mod failure;
 mod headers;
 mod openapi;
@@ -45,9 +47,12 @@ pub fn router(
 ) -> Router {
     let (routes, description) = OpenApiRouter::with_openapi(openapi::description())
         .routes(routes!(check::check))
+        .routes(routes!(audit::list))
+        .routes(routes!(audit::stream))
         .split_for_parts();
     routes
-        .merge(openapi::routes(description))
+        .merge(openapi::routes(&description))
+        .merge(docs::routes())
         .fallback(failure::no_such_path)
         .with_state(services)
         // From outside: what every answer has, and what every call comes through.

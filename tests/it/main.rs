@@ -91,5 +91,7 @@ mod torture;
 mod uninstall;
 mod upgrade;
 mod web;
+mod web_audit;
 mod web_check;
+mod web_description;
 mod writers;

@@ -2,8 +2,9 @@
 
 use std::net::SocketAddr;
 
-use http::{HeaderMap, Method, Request, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
@@ -69,6 +70,22 @@ impl Web {
 
     /// A body is sent as JSON, unless a header of the client's says otherwise.
     pub(crate) async fn send(&self, method: Method, path: &str, body: Option<String>) -> WebAnswer {
+        let (head, body) = self.open(method, path, body).await.into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        WebAnswer {
+            status: head.status,
+            headers: head.headers,
+            body: serde_json::from_slice(&body).unwrap_or(Value::Null),
+        }
+    }
+
+    /// As [`Web::send`]; the answer's body may never end.
+    pub(crate) async fn open(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<String>,
+    ) -> Response<Incoming> {
         let mut request = Request::builder()
             .method(method)
             .uri(format!("http://{}{path}", self.address));
@@ -80,12 +97,6 @@ impl Web {
             request = request.header(*name, value);
         }
         let request = request.body(Full::from(body.unwrap_or_default())).unwrap();
-        let (head, body) = self.client.request(request).await.unwrap().into_parts();
-        let body = body.collect().await.unwrap().to_bytes();
-        WebAnswer {
-            status: head.status,
-            headers: head.headers,
-            body: serde_json::from_slice(&body).unwrap_or(Value::Null),
-        }
+        self.client.request(request).await.unwrap()
     }
 }

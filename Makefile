@@ -9,6 +9,7 @@ SCRIPTS = .ci/run tools/*.sh fuzz/*.sh
 TOOLS = $(or $(CARGO_TARGET_DIR),target)/tools
 DENY = $(TOOLS)/cargo-deny-0.20.2/bin/cargo-deny
 CYCLONEDX = $(TOOLS)/cargo-cyclonedx-0.5.9/bin/cargo-cyclonedx
+SCHEMATHESIS = $(or $(CARGO_TARGET_DIR),target)/python-schemathesis/bin/schemathesis
 
 # A rustup that was installed a minute ago is not on PATH yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -26,7 +27,7 @@ ifeq ($(NODE_EXTRA_CA_CERTS),)
 export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
-.PHONY: help demo test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
+.PHONY: help demo test lint lint-dependencies lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
 	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation
 
 help: ## list the targets
@@ -42,7 +43,7 @@ test: ## run all tests, on a PostgreSQL of their own
 	@tools/prerequisites.sh rust cc postgresql
 	$(CARGO) test --workspace --exclude hallpass-fuzz --locked
 
-lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contract and the scripts
+lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-http lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contracts and the scripts
 
 lint-rust:
 	@tools/prerequisites.sh rust rust-lints cc c++
@@ -56,6 +57,18 @@ lint-proto: $(BUF)
 	$(BUF) breaking --against $(IMAGE)
 	@$(BUF) build --exclude-source-info -o - | cmp -s - $(IMAGE) \
 		|| { echo '$(IMAGE) is not of these protos: run `make freeze` and commit it' >&2; exit 1; }
+
+# Made-up input for every operation that is served over HTTP: nothing fails, and every answer is described.
+lint-http: $(SCHEMATHESIS)
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) build --locked --quiet --bin hallpass
+	@tools/schemathesis.sh $(SCHEMATHESIS)
+
+$(SCHEMATHESIS): tools/schemathesis.txt
+	@tools/prerequisites.sh python-venv
+	python3 -m venv $(@:/bin/schemathesis=)
+	$(@:/bin/schemathesis=)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 lint-scripts:
 	@tools/prerequisites.sh shellcheck

@@ -23,7 +23,10 @@ use utoipa::{
     openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
 };
 
-use super::{Services, failure::ErrorBody};
+use super::{
+    Services,
+    failure::{ErrorBody, FieldError},
+};
 
 /// The request is wrong, or this caller may not make it, or not now. `error` says what to do.
 #[derive(ToResponse)]
@@ -41,7 +44,7 @@ pub(super) struct Failed(#[expect(dead_code, reason = "its schema is what counts
         title = "hallpass",
         description = "Permission checks served from your own PostgreSQL tables."
     ),
-    components(responses(Refused, Failed)),
+    components(responses(Refused, Failed), schemas(ErrorBody, FieldError)),
     security(("credential" = [])),
     modifiers(&Credential)
 )]

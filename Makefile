@@ -9,6 +9,7 @@ SCRIPTS = .ci/run tools/*.sh fuzz/*.sh
 TOOLS = $(or $(CARGO_TARGET_DIR),target)/tools
 DENY = $(TOOLS)/cargo-deny-0.20.2/bin/cargo-deny
 CYCLONEDX = $(TOOLS)/cargo-cyclonedx-0.5.9/bin/cargo-cyclonedx
+SCHEMATHESIS = $(or $(CARGO_TARGET_DIR),target)/python-schemathesis/bin/schemathesis
 
 # A rustup that was installed a minute ago is not on PATH yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -30,7 +31,7 @@ endif
 NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/node_modules/.package-lock.json
 PYTHON = target/python/bin/python
 
-.PHONY: help demo examples test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
+.PHONY: help demo examples test lint lint-dependencies lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
 	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
@@ -62,7 +63,7 @@ target/python/installed: examples/python/requirements.txt $(wildcard proto/*/*/*
 		hallpass/v1/audit_service.proto hallpass/v1/permission_service.proto
 	@touch $@
 
-lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contract and the scripts
+lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-http lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contracts and the scripts
 
 lint-rust:
 	@tools/prerequisites.sh rust rust-lints cc c++
@@ -76,6 +77,18 @@ lint-proto: $(BUF)
 	$(BUF) breaking --against $(IMAGE)
 	@$(BUF) build --exclude-source-info -o - | cmp -s - $(IMAGE) \
 		|| { echo '$(IMAGE) is not of these protos: run `make freeze` and commit it' >&2; exit 1; }
+
+# Made-up input for every operation that is served over HTTP: nothing fails, and every answer is described.
+lint-http: $(SCHEMATHESIS)
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) build --locked --quiet --bin hallpass
+	@tools/schemathesis.sh $(SCHEMATHESIS)
+
+$(SCHEMATHESIS): tools/schemathesis.txt
+	@tools/prerequisites.sh python
+	python3 -m venv $(@:/bin/schemathesis=)
+	$(@:/bin/schemathesis=)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 lint-scripts:
 	@tools/prerequisites.sh shellcheck

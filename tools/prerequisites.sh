@@ -113,7 +113,7 @@ npm_client() {
 
 # A Python that can make environments with pip in them, which Debian's cannot by itself.
 python_venv() {
-    python3 -c 'import ensurepip, venv' 2>/dev/null || install 'Python with venv' 'brew install python' python3-venv
+    python3 -c 'import ensurepip, venv' 2>/dev/null || install 'Python with venv' 'brew install python' python3 python3-venv
 }
 
 shellcheck_program() {

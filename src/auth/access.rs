@@ -41,7 +41,7 @@ pub enum Answer {
 pub type Row = (&'static str, Need, Answer);
 
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [Row; 37] = [
+pub const ACCESS: [Row; 39] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
@@ -206,7 +206,9 @@ pub const ACCESS: [Row; 37] = [
     ),
     ("GET /api/health", Need::Nothing, Answer::Message),
     ("GET /openapi.json", Need::Nothing, Answer::Message),
+    ("GET /docs", Need::Nothing, Answer::Message),
     ("GET /docs/", Need::Nothing, Answer::Message),
+    ("GET /docs/{asset}", Need::Nothing, Answer::Message),
 ];
 
 /// A call's row; `None` for what nobody serves.

@@ -68,7 +68,11 @@ impl Demo {
         };
         let web = match &entrance.listeners.http {
             Some(Listener::Tcp(listener)) => {
-                let scheme = if entrance.tls.is_some() { "https" } else { "http" };
+                let scheme = if entrance.tls.is_some() {
+                    "https"
+                } else {
+                    "http"
+                };
                 Some(format!("{scheme}://{}", listener.local_addr()?))
             }
             Some(Listener::Unix(_)) | None => None,

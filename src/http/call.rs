@@ -6,7 +6,7 @@ use axum::{
     body::Bytes,
     extract::{FromRequest, FromRequestParts, Path, Query, Request},
     http::{
-        HeaderMap, StatusCode,
+        HeaderMap, HeaderValue, StatusCode,
         header::{CONTENT_ENCODING, CONTENT_TYPE},
         request::Parts,
     },
@@ -39,6 +39,11 @@ impl Call {
             request.extensions_mut().insert(peer);
         }
         request
+    }
+
+    /// Where a browser says which event it has seen last.
+    pub(super) fn last_event_id(&self) -> Option<&HeaderValue> {
+        self.headers.get("last-event-id")
     }
 
     pub(super) fn caller(&self) -> Option<&Caller> {

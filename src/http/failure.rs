@@ -45,6 +45,14 @@ impl Failure {
             http: Some(http),
         }
     }
+
+    /// A failure for which HTTP has a status that fits better than its code's.
+    pub(super) fn with_http(status: Status, http: StatusCode) -> Self {
+        Self {
+            status,
+            http: Some(http),
+        }
+    }
 }
 
 impl From<Status> for Failure {
@@ -130,7 +138,7 @@ pub(super) async fn as_json(request: Request, next: Next) -> Response {
         ),
         _ => (
             more_precise.unwrap_or_else(|| http_status(failed.code())),
-            reason,
+            code(&failed),
             failed.message().to_owned(),
         ),
     };
@@ -200,6 +208,16 @@ fn http_status(code: Code) -> StatusCode {
         Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
         Code::Unknown | Code::Internal | Code::DataLoss => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// What programs know a failure by.
+pub(super) fn code(failed: &Status) -> String {
+    let reason = status::reason(failed);
+    if reason.is_empty() {
+        code_name(failed.code())
+    } else {
+        reason
     }
 }
 

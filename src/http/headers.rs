@@ -27,6 +27,8 @@ use tower_http::{
 };
 use uuid::Uuid;
 
+use super::organization_permissions;
+
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// As long as a trace's and a span's together, twice.

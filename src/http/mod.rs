@@ -4,10 +4,12 @@
 //! Invariants: nothing is decided here, so that both doors say the same; a call comes through the same gate and limits; every
 //! answer names its request, and every error is `{"error", "code", "request_id"}`.
 
+mod audit;
 mod batch;
 mod call;
 mod check;
 mod common;
+mod docs;
 mod failure;
 mod headers;
 mod health;
@@ -78,9 +80,12 @@ pub fn router(
         .routes(routes!(lists::user_permissions))
         .routes(routes!(lists::summary))
         .merge(organization_permissions::routes())
+        .routes(routes!(audit::list))
+        .routes(routes!(audit::stream))
         .split_for_parts();
     routes
-        .merge(openapi::routes(description))
+        .merge(openapi::routes(&description))
+        .merge(docs::routes())
         .fallback(failure::no_such_path)
         .with_state(services)
         // From outside: what every answer has, and what every call comes through. Answers are compressed outside of the

@@ -3,9 +3,10 @@
 use std::{convert::Infallible, net::SocketAddr};
 
 use futures_util::stream;
-use http::{HeaderMap, Method, Request, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::body::Incoming;
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
@@ -82,7 +83,19 @@ impl Web {
     pub(crate) async fn send(&self, method: Method, path: &str, body: Option<String>) -> WebAnswer {
         let has_body = body.is_some();
         let body = Full::from(body.unwrap_or_default()).boxed();
-        self.send_body(method, path, has_body, body).await
+        read(self.open_body(method, path, has_body, body).await).await
+    }
+
+    /// As [`Web::send`]; the answer's body may never end.
+    pub(crate) async fn open(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<String>,
+    ) -> Response<Incoming> {
+        let has_body = body.is_some();
+        let body = Full::from(body.unwrap_or_default()).boxed();
+        self.open_body(method, path, has_body, body).await
     }
 
     /// As [`Web::post`], without saying how long it is.
@@ -95,16 +108,16 @@ impl Web {
             .collect();
         let body = StreamBody::new(stream::iter(pieces));
         let body = BodyExt::boxed(body);
-        self.send_body(Method::POST, path, true, body).await
+        read(self.open_body(Method::POST, path, true, body).await).await
     }
 
-    async fn send_body(
+    async fn open_body(
         &self,
         method: Method,
         path: &str,
         has_body: bool,
         body: BoxBody<Bytes, Infallible>,
-    ) -> WebAnswer {
+    ) -> Response<Incoming> {
         let mut request = Request::builder()
             .method(method)
             .uri(format!("http://{}{path}", self.address));
@@ -116,21 +129,25 @@ impl Web {
             request = request.header(*name, value);
         }
         let request = request.body(body).unwrap();
-        let (head, body) = self.client.request(request).await.unwrap().into_parts();
-        let is_stream = head
-            .headers
-            .get("content-type")
-            .is_some_and(|of| of == "text/event-stream");
-        // A stream of events does not end.
-        let body = match is_stream {
-            true => Bytes::new(),
-            false => body.collect().await.unwrap().to_bytes(),
-        };
-        WebAnswer {
-            status: head.status,
-            headers: head.headers,
-            body: serde_json::from_slice(&body).unwrap_or(Value::Null),
-            bytes: body,
-        }
+        self.client.request(request).await.unwrap()
+    }
+}
+
+/// The whole of an answer; of a stream of events, which does not end, the beginning.
+async fn read(answer: Response<Incoming>) -> WebAnswer {
+    let (head, body) = answer.into_parts();
+    let is_stream = head
+        .headers
+        .get("content-type")
+        .is_some_and(|of| of == "text/event-stream");
+    let body = match is_stream {
+        true => Bytes::new(),
+        false => body.collect().await.unwrap().to_bytes(),
+    };
+    WebAnswer {
+        status: head.status,
+        headers: head.headers,
+        body: serde_json::from_slice(&body).unwrap_or(Value::Null),
+        bytes: body,
     }
 }

@@ -16,7 +16,7 @@ use axum::{
     routing::get,
 };
 
-use super::{Services, failure::no_such_path};
+use super::{Services, failure::Failure};
 
 /// Swagger UI sets styles of elements, and draws with images that are in its sheet.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; \
@@ -62,7 +62,9 @@ async fn asset(Path(name): Path<String>) -> Response {
             "text/css; charset=utf-8",
             include_bytes!(concat!(env!("OUT_DIR"), "/swagger-ui.css.gz")),
         ),
-        _ => no_such_path().await.into_response(),
+        _ => {
+            Failure::of_http(StatusCode::NOT_FOUND, "PATH_UNKNOWN", "no such path").into_response()
+        }
     }
 }
 

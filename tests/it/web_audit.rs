@@ -71,6 +71,8 @@ struct SentEvent {
 struct Events {
     body: hyper::body::Incoming,
     text: String,
+    /// How much of the text has been read.
+    read: usize,
 }
 
 impl Events {
@@ -82,19 +84,22 @@ impl Events {
         Self {
             body: answer.into_body(),
             text: String::new(),
+            read: 0,
         }
     }
 
     /// The next event; `None` at the end.
     async fn next(&mut self) -> Option<SentEvent> {
         loop {
-            while let Some((block, rest)) = self.text.split_once("\n\n") {
+            while let Some((block, _)) = self.text[self.read..].split_once("\n\n") {
+                self.read += block.len() + 2;
                 let event = parsed(block);
-                self.text = rest.to_owned();
                 if event.is_some() {
                     return event;
                 }
             }
+            self.text.drain(..self.read);
+            self.read = 0;
             let frame = within("an event", PATIENCE, self.body.frame()).await?;
             let bytes = frame.unwrap().into_data().unwrap();
             self.text += std::str::from_utf8(&bytes).unwrap();

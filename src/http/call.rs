@@ -6,7 +6,7 @@ use axum::{
     body::Bytes,
     extract::{FromRequest, FromRequestParts, Path, Query, Request},
     http::{
-        HeaderMap, HeaderValue, StatusCode,
+        Extensions, HeaderMap, HeaderValue, StatusCode,
         header::{CONTENT_ENCODING, CONTENT_TYPE},
         request::Parts,
     },
@@ -15,15 +15,15 @@ use serde::{Serialize, de::DeserializeOwned};
 use tonic::{Status, metadata::MetadataMap};
 
 use super::failure::Failure;
-use crate::auth::{Caller, Peer};
+use crate::auth::Caller;
 
 /// Enough of a complaint to see what is wrong.
 const QUOTED_CHARS_MAX: usize = 300;
 
 /// What a handler needs of a call besides its message.
 pub(super) struct Call {
-    caller: Option<Arc<Caller>>,
-    peer: Option<Peer>,
+    /// What the layers outside have found out: who calls, from where, and for how long.
+    extensions: Extensions,
     headers: HeaderMap,
 }
 
@@ -32,12 +32,7 @@ impl Call {
     pub(super) fn with<T>(self, message: T) -> tonic::Request<T> {
         let mut request = tonic::Request::new(message);
         *request.metadata_mut() = MetadataMap::from_headers(self.headers);
-        if let Some(caller) = self.caller {
-            request.extensions_mut().insert(caller);
-        }
-        if let Some(peer) = self.peer {
-            request.extensions_mut().insert(peer);
-        }
+        *request.extensions_mut() = self.extensions;
         request
     }
 
@@ -47,7 +42,7 @@ impl Call {
     }
 
     pub(super) fn caller(&self) -> Option<&Caller> {
-        self.caller.as_deref()
+        self.extensions.get::<Arc<Caller>>().map(Arc::as_ref)
     }
 }
 
@@ -56,8 +51,7 @@ impl<S: Sync> FromRequestParts<S> for Call {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failure> {
         Ok(Self {
-            caller: parts.extensions.get().cloned(),
-            peer: parts.extensions.get().cloned(),
+            extensions: parts.extensions.clone(),
             headers: parts.headers.clone(),
         })
     }

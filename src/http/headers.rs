@@ -23,7 +23,7 @@ use tower_http::{
         CompressionBody, CompressionLayer,
         predicate::{And, NotForContentType, Predicate, SizeAbove},
     },
-    cors::{AllowOrigin, CorsLayer},
+    cors::{AllowHeaders, AllowOrigin, CorsLayer},
 };
 use uuid::Uuid;
 
@@ -120,14 +120,12 @@ pub(super) fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
     if origins.is_empty() {
         return None;
     }
+    let allowed = [AUTHORIZATION, CONTENT_TYPE, REQUEST_ID, LAST_EVENT_ID];
+    let actor = organization_permissions::actor::HEADERS.map(HeaderName::from_static);
     let layer = CorsLayer::new()
         .allow_origin(AllowOrigin::list(origins.iter().cloned()))
         .allow_methods([Method::GET, Method::POST, Method::PUT, Method::DELETE])
-        .allow_headers(
-            [AUTHORIZATION, CONTENT_TYPE, REQUEST_ID, LAST_EVENT_ID]
-                .into_iter()
-                .chain(organization_permissions::actor::HEADERS.map(HeaderName::from_static)),
-        )
+        .allow_headers(AllowHeaders::list(allowed.into_iter().chain(actor)))
         .expose_headers([REQUEST_ID, RETRY_AFTER])
         .max_age(CORS_AGE_MAX);
     Some(layer)

@@ -8,7 +8,7 @@ use http_body_util::BodyExt;
 use serde_json::Value;
 
 use crate::{
-    audit::{changed, entries_where, filters},
+    consumer::{changed, entries_where, filters},
     database::Database,
     names::id,
     server::{Server, config, head, run_sql, set_role, within},

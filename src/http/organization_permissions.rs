@@ -15,8 +15,8 @@ use self::{
     actor::{ActorHeaders, OnBehalf},
     outcome::{BulkSet, Overridden, Reset, SetAnswer},
     shapes::{
-        BulkUpdate, ChangeQuery, Listed, OrganizationQuery, PutSetting, Setting, Templates,
-        UserOverridesBody, UserPermissions,
+        BulkUpdate, ChangeQuery, Listed, MemberPermissions, OrganizationQuery, PutSetting, Setting,
+        Templates, UserOverridesBody,
     },
 };
 use super::{
@@ -208,11 +208,11 @@ async fn bulk_update(
     path = "/api/admin/organization-permissions/user/{user_id}",
     tag = "Organization permissions",
     params(
-        ("user_id" = String, Path, format = Uuid, example = "7c9e6679-7425-40de-944b-e07fc1f90ae7"),
+        ("user_id" = String, Path, format = Uuid, description = "A member of the organization", example = "7c9e6679-7425-40de-944b-e07fc1f90ae7"),
         OrganizationQuery,
     ),
     responses(
-        (status = 200, description = "The member's permissions, by module", body = UserPermissions),
+        (status = 200, description = "The member's permissions, by module", body = MemberPermissions),
         (status = "4XX", response = super::openapi::Refused),
         (status = "5XX", response = super::openapi::Failed),
     ),
@@ -222,7 +222,7 @@ async fn user(
     call: Call,
     InPath(user_id): InPath<String>,
     InQuery(query): InQuery<OrganizationQuery>,
-) -> Result<Json<UserPermissions>, Failure> {
+) -> Result<Json<MemberPermissions>, Failure> {
     let organization_id = organization(&call, query.organization_id)?;
     let message = v1::ListUserPermissionsRequest {
         organization_id: organization_id.clone(),
@@ -237,7 +237,7 @@ async fn user(
         .permissions
         .list_user_permissions(call.with(message));
     let listed = listed.await.map_err(Failure::from)?.into_inner();
-    let permissions = UserPermissions::of_member(organization_id, user_id, listed);
+    let permissions = MemberPermissions::of_member(organization_id, user_id, listed);
     permissions.map(Json).ok_or_else(|| {
         let message = "the user is no member of the organization";
         Failure::of_http(StatusCode::NOT_FOUND, "MEMBER_NOT_FOUND", message)

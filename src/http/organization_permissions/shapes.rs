@@ -289,10 +289,10 @@ impl From<v1::ListOrganizationPermissionsResponse> for Templates {
 
 /// All permissions of a member.
 #[derive(Serialize, ToSchema)]
-pub(super) struct UserPermissions {
+pub(super) struct MemberPermissions {
     user: Member,
     /// By module and key.
-    permissions: BTreeMap<String, BTreeMap<String, UserPermission>>,
+    permissions: BTreeMap<String, BTreeMap<String, MemberPermission>>,
     /// What they were read at.
     #[schema(example = "812-5f0c9ae1")]
     position: String,
@@ -309,28 +309,28 @@ struct Member {
 }
 
 #[derive(Serialize, ToSchema)]
-struct UserPermission {
+struct MemberPermission {
     has_permission: bool,
     #[schema(example = "Approve expenses")]
     permission_name: String,
     reason: Reason,
 }
 
-impl UserPermissions {
+impl MemberPermissions {
     /// `None` where the user is no member.
     pub(super) fn of_member(
         org_id: String,
         user_id: String,
         listed: v1::ListUserPermissionsResponse,
     ) -> Option<Self> {
-        let mut permissions: BTreeMap<String, BTreeMap<String, UserPermission>> = BTreeMap::new();
+        let mut permissions: BTreeMap<String, BTreeMap<String, MemberPermission>> = BTreeMap::new();
         for permission in listed.permissions {
             if permission.reason() == v1::Reason::NotAMember {
                 return None;
             }
             let reason = permission.reason().into();
             let of_module = permissions.entry(permission.module).or_default();
-            let answer = UserPermission {
+            let answer = MemberPermission {
                 has_permission: permission.allowed,
                 permission_name: permission.name,
                 reason,

@@ -148,8 +148,8 @@ BEGIN
     IF NOT EXISTS (SELECT FROM hallpass.members m WHERE m.org_id = asked_org_id AND m.user_id = asked_user_id) THEN
         RAISE EXCEPTION 'the user is no member of the organization' USING ERRCODE = 'HPN04';
     END IF;
-    INSERT INTO public.organization_permissions AS o (org_id, permission_key, min_role_required, specific_users)
-    VALUES (asked_org_id, asked_key, role, ARRAY[asked_user_id])
+    INSERT INTO public.organization_permissions AS o (org_id, permission_key, min_role_required, is_enabled, specific_users)
+    VALUES (asked_org_id, asked_key, role, true, ARRAY[asked_user_id])
     ON CONFLICT (org_id, permission_key) DO UPDATE
     SET specific_users = array_append(o.specific_users, asked_user_id), updated_at = clock_timestamp()
     WHERE NOT coalesce(asked_user_id = ANY (o.specific_users), false)

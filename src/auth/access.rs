@@ -10,6 +10,8 @@ use super::{Caller, Forbidden, Scope};
 pub enum Need {
     /// Anybody may, without a credential: load balancers ask for health.
     Nothing,
+    /// Nothing, either; but it has limits as any call.
+    Open,
     /// Any credential that is valid.
     Credential,
     Scope(Scope),
@@ -20,7 +22,7 @@ impl Need {
     /// When the caller does not have what is needed.
     pub fn opens_to(self, caller: &Caller) -> Result<(), Forbidden> {
         match self {
-            Self::Nothing | Self::Credential => Ok(()),
+            Self::Nothing | Self::Open | Self::Credential => Ok(()),
             Self::Scope(scope) => caller.may(scope),
         }
     }
@@ -36,6 +38,10 @@ pub enum Answer {
     /// lost, and says where to go on.
     EndingStream,
 }
+
+/// Marks a request that came over HTTP, where gRPC's paths are none.
+#[derive(Clone, Copy, Debug)]
+pub struct OverHttp;
 
 /// What a call is called, what it needs, and what it is answered with. Of gRPC, its path; of HTTP, its method and route.
 pub type Row = (&'static str, Need, Answer);
@@ -205,16 +211,19 @@ pub const ACCESS: [Row; 39] = [
         Answer::Message,
     ),
     ("GET /api/health", Need::Nothing, Answer::Message),
-    ("GET /openapi.json", Need::Nothing, Answer::Message),
-    ("GET /docs", Need::Nothing, Answer::Message),
-    ("GET /docs/", Need::Nothing, Answer::Message),
-    ("GET /docs/{asset}", Need::Nothing, Answer::Message),
+    ("GET /openapi.json", Need::Open, Answer::Message),
+    ("GET /docs", Need::Open, Answer::Message),
+    ("GET /docs/", Need::Open, Answer::Message),
+    ("GET /docs/{asset}", Need::Open, Answer::Message),
 ];
 
 /// A call's row; `None` for what nobody serves.
 #[must_use]
 pub fn row<B>(request: &Request<B>) -> Option<&'static Row> {
     let Some(route) = request.extensions().get::<MatchedPath>() else {
+        if request.extensions().get::<OverHttp>().is_some() {
+            return None;
+        }
         let path = request.uri().path();
         return ACCESS.iter().find(|(name, ..)| *name == path);
     };

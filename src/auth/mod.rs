@@ -339,6 +339,12 @@ impl Authenticator {
         }
     }
 
+    /// Whether nobody has to say who it is.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.is_open
+    }
+
     /// Accepts these API keys too.
     #[must_use]
     pub fn with_keys(self, keys: ApiKeys) -> Self {

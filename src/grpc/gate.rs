@@ -74,7 +74,7 @@ where
         let refuse = |status: Status| Either::Right(Either::Left(ready(Ok(status.into_http()))));
         let row = match access::row(&request).map(|(_, need, answer)| (*need, *answer)) {
             None => return refuse(status::no_such_method()),
-            Some((Need::Nothing, _)) => return Either::Left(self.inner.call(request)),
+            Some((Need::Nothing | Need::Open, _)) => return Either::Left(self.inner.call(request)),
             Some(row) => row,
         };
         let nobody = Peer::default();

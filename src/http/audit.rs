@@ -11,7 +11,7 @@ use std::future;
 use axum::{
     body::Body,
     extract::State,
-    http::{StatusCode, header::CONTENT_TYPE},
+    http::{HeaderName, StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
 };
 use futures_util::{StreamExt, stream};
@@ -60,6 +60,7 @@ impl From<v1::ListAuditEntriesResponse> for AuditPage {
 #[utoipa::path(
     get,
     path = "/v1/audit",
+    operation_id = "list_audit_entries",
     tag = "Audit",
     params(ListQuery),
     responses(
@@ -87,6 +88,7 @@ pub(super) async fn list(
 #[utoipa::path(
     get,
     path = "/v1/audit/stream",
+    operation_id = "stream_audit_entries",
     tag = "Audit",
     params(
         StreamQuery,
@@ -119,7 +121,10 @@ pub(super) async fn stream(
     let first = text(first).map(|first| format!("{RETRY}{first}"));
     let rest = events.map(|event| event.map_or_else(|end| end_text(&end), text));
     let body = Body::from_stream(stream::once(future::ready(first)).chain(rest));
-    Ok(([(CONTENT_TYPE, "text/event-stream")], body).into_response())
+    // What nginx has to be told, so that events come as they are made.
+    let unbuffered = (HeaderName::from_static("x-accel-buffering"), "no");
+    let headers = [(CONTENT_TYPE, "text/event-stream"), unbuffered];
+    Ok((headers, body).into_response())
 }
 
 /// What a cursor stands for was lost, which is no failure of the server's.

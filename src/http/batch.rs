@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use super::{
     Services,
     call::{Call, Json, answer},
-    common::{Consistency, Evidence, Reason},
+    evidence::{Consistency, Evidence, Reason},
     failure::{Failure, FieldError, said},
 };
 use crate::grpc::{

@@ -5,7 +5,6 @@
 
 use axum::{
     Router,
-    extract::Path,
     http::{
         StatusCode,
         header::{
@@ -16,7 +15,7 @@ use axum::{
     routing::get,
 };
 
-use super::{Services, failure::Failure};
+use super::{Services, call::InPath, failure::Failure};
 
 /// Swagger UI sets styles of elements, and draws with images that are in its sheet.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; \
@@ -48,7 +47,7 @@ async fn page() -> Response {
     (headers, include_str!("docs/index.html")).into_response()
 }
 
-async fn asset(Path(name): Path<String>) -> Response {
+async fn asset(InPath(name): InPath<String>) -> Response {
     match &*name {
         "start.js" => {
             let headers = [(CONTENT_TYPE, JAVASCRIPT), (CACHE_CONTROL, CACHED)];

@@ -105,13 +105,7 @@ pub(super) struct FieldError {
 pub(super) async fn as_json(request: Request, next: Next) -> Response {
     let request_id = headers::request_id(request.headers()).to_owned();
     let is_malformed = !matches!(bearer(request.headers()), Ok(Some(token)) if !token.is_empty());
-    let allowed = request.extensions().get::<MatchedPath>().map(|route| {
-        let methods = access::methods_of(route.as_str()).map(|method| match method {
-            "GET" => "GET, HEAD",
-            other => other,
-        });
-        methods.collect::<Vec<_>>().join(", ")
-    });
+    let route = request.extensions().get::<MatchedPath>().cloned();
     let response = next.run(request).await;
     let Some(failed) = Status::from_header_map(response.headers()) else {
         return response;
@@ -119,6 +113,13 @@ pub(super) async fn as_json(request: Request, next: Next) -> Response {
     let more_precise = response.extensions().get::<StatusCode>().copied();
     let (reason, fields) = said(&failed);
     let no_such_method = reason == "METHOD_UNKNOWN";
+    let allowed = route.filter(|_| no_such_method).map(|route| {
+        let methods = access::methods_of(route.as_str()).map(|method| match method {
+            "GET" => "GET, HEAD",
+            other => other,
+        });
+        methods.collect::<Vec<_>>().join(", ")
+    });
     let (http, code, message) = match (&*reason, &allowed) {
         ("METHOD_UNKNOWN", Some(allowed)) => (
             StatusCode::METHOD_NOT_ALLOWED,
@@ -158,7 +159,7 @@ pub(super) async fn as_json(request: Request, next: Next) -> Response {
     if http == StatusCode::UNAUTHORIZED {
         headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
-    if let Some(allowed) = allowed.filter(|_| no_such_method)
+    if let Some(allowed) = allowed
         && let Ok(allowed) = HeaderValue::from_str(&allowed)
     {
         headers.insert(ALLOW, allowed);

@@ -1,41 +1,33 @@
 //! What every answer's headers say: which request it is to, and what a browser may do with it.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use axum::{
     body::Body,
     extract::Request,
     http::{
-        HeaderMap, HeaderName, HeaderValue, Method,
+        HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
         header::{
             AUTHORIZATION, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE,
-            REFERRER_POLICY, RETRY_AFTER, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
+            HOST, REFERRER_POLICY, RETRY_AFTER, STRICT_TRANSPORT_SECURITY, X_CONTENT_TYPE_OPTIONS,
             X_DNS_PREFETCH_CONTROL, X_FRAME_OPTIONS,
         },
+        uri::Authority,
     },
     middleware::Next,
-    response::Response,
+    response::{IntoResponse, Response},
 };
 use http_body::Body as _;
-use tower_http::{
-    CompressionLevel,
-    compression::{
-        CompressionBody, CompressionLayer,
-        predicate::{And, NotForContentType, Predicate, SizeAbove},
-    },
-    cors::{AllowHeaders, AllowOrigin, CorsLayer},
-};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use uuid::Uuid;
 
-use super::organization_permissions;
+use super::{failure::Failure, organization_permissions};
+use crate::auth::{Peer, access::OverHttp};
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// As long as a trace's and a span's together, twice.
 const REQUEST_ID_BYTES_MAX: usize = 128;
-
-/// Shorter answers fit into one packet as they are.
-const COMPRESSED_FROM_BYTES: u16 = 1 << 10;
 
 /// How long a browser remembers what it was allowed to send; Chromium believes no more than two hours.
 const CORS_AGE_MAX: Duration = Duration::from_secs(60 * 60);
@@ -72,8 +64,43 @@ const SECURITY: [(HeaderName, &str); 11] = [
     ),
 ];
 
+/// Where nobody has to say who it is, the service is for this machine alone, and a page that a browser got from elsewhere
+/// under a name that now leads here (DNS rebinding) is not of this machine.
+pub(super) async fn asked_for_here(is_open: bool, request: Request, next: Next) -> Response {
+    let peer = request.extensions().get::<Peer>();
+    let is_socket = peer.is_some_and(|peer| peer.address.is_none());
+    if !is_open || is_socket || host(&request).is_some_and(is_this_machine) {
+        return next.run(request).await;
+    }
+    let message =
+        "without --auth this service is for its own machine: ask for localhost, 127.0.0.1 or [::1]";
+    Failure::of_http(StatusCode::MISDIRECTED_REQUEST, "HOST_NOT_LOCAL", message).into_response()
+}
+
+/// Whom the request is for: HTTP/2 says so in its target, HTTP/1.1 in a header.
+fn host(request: &Request) -> Option<&str> {
+    let said = request
+        .headers()
+        .get(HOST)
+        .and_then(|host| host.to_str().ok());
+    request.uri().authority().map(Authority::as_str).or(said)
+}
+
+fn is_this_machine(host: &str) -> bool {
+    let Ok(authority) = host.parse::<Authority>() else {
+        return false;
+    };
+    let name = authority
+        .host()
+        .trim_start_matches('[')
+        .trim_end_matches(']');
+    let address = name.parse::<IpAddr>();
+    name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
+}
+
 /// The request's id: the caller's where it can stand in a log and in the audit log, else one of ours.
 pub(super) async fn with_request_id(mut request: Request, next: Next) -> Response {
+    request.extensions_mut().insert(OverHttp);
     let given = request.headers().get(REQUEST_ID);
     let id = match given.filter(|id| is_usable(id)) {
         Some(id) => id.clone(),
@@ -129,19 +156,6 @@ pub(super) fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
         .expose_headers([REQUEST_ID, RETRY_AFTER])
         .max_age(CORS_AGE_MAX);
     Some(layer)
-}
-
-/// A stream's events are not held back to be compressed.
-pub(super) fn compression() -> CompressionLayer<And<SizeAbove, NotForContentType>> {
-    let predicate = SizeAbove::new(COMPRESSED_FROM_BYTES).and(NotForContentType::SSE);
-    CompressionLayer::new()
-        .gzip(true)
-        .quality(CompressionLevel::Fastest)
-        .compress_when(predicate)
-}
-
-pub(super) fn of_compressed(response: axum::http::Response<CompressionBody<Body>>) -> Response {
-    response.map(Body::new)
 }
 
 /// As the layers that gRPC's calls come through have it. They do not pass on how long an answer is.

@@ -7,7 +7,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{
     Services,
     call::{Call, InPath, InQuery, Json, answer},
-    common::{Consistency, Evidence, Reason},
+    evidence::{Consistency, Evidence, Reason},
     failure::Failure,
 };
 use crate::grpc::v1::{self, permission_service_server::PermissionService};

@@ -8,14 +8,15 @@ mod audit;
 mod batch;
 mod call;
 mod check;
-mod common;
 mod docs;
+mod evidence;
 mod failure;
 mod headers;
 mod health;
 mod lists;
 mod openapi;
 mod organization_permissions;
+mod packed;
 
 use std::sync::Arc;
 
@@ -72,6 +73,7 @@ pub fn router(
     settings: &Settings,
     has_tls: bool,
 ) -> Router {
+    let is_open = authenticator.is_open();
     let batch_body = DefaultBodyLimit::max(BATCH_BODY_BYTES_MAX);
     let (routes, description) = OpenApiRouter::with_openapi(openapi::description())
         .routes(routes!(health::health))
@@ -88,21 +90,22 @@ pub fn router(
         .merge(docs::routes())
         .fallback(failure::no_such_path)
         .with_state(services)
-        // From outside: what every answer has, and what every call comes through. Answers are compressed outside of the
-        // limits: what an answer weighs is what it takes up here until it has gone.
+        // From outside: what every answer has, and what every call comes through.
         .layer(
             ServiceBuilder::new()
                 .layer(middleware::from_fn(headers::with_request_id))
                 .map_response(move |response| headers::secured(response, has_tls))
                 .option_layer(headers::cors(&settings.cors_origins))
-                .map_response(headers::of_compressed)
-                .layer(headers::compression())
                 .layer(middleware::from_fn(failure::as_json))
+                .layer(middleware::from_fn(move |request, next| {
+                    headers::asked_for_here(is_open, request, next)
+                }))
                 .layer(DoorLayer(Arc::clone(&limits)))
                 .layer(DeadlineLayer(Arc::clone(&limits)))
                 .layer(GateLayer(authenticator, Arc::clone(&limits)))
                 .layer(CallerLayer(limits))
                 .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-                .map_response(headers::of_tonic),
+                .map_response(headers::of_tonic)
+                .layer(middleware::from_fn(packed::answers)),
         )
 }

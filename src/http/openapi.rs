@@ -2,22 +2,19 @@
 //!
 //! Invariant: it is made of the same rows as the routes, so neither has what the other has not.
 
-use std::{
-    io::{self, Write},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use axum::{
     Router,
     body::Bytes,
     http::{
         HeaderMap,
-        header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, VARY},
+        header::{CONTENT_ENCODING, CONTENT_TYPE, VARY},
     },
     response::{IntoResponse, Response},
     routing::get,
 };
-use flate2::{Compression, write::GzEncoder};
+use flate2::Compression;
 use utoipa::{
     Modify, OpenApi, ToResponse,
     openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
@@ -26,6 +23,7 @@ use utoipa::{
 use super::{
     Services,
     failure::{ErrorBody, FieldError},
+    packed::{pack, takes_packed},
 };
 
 /// The request is wrong, or this caller may not make it, or not now. `error` says what to do.
@@ -83,7 +81,7 @@ impl Written {
     fn new(description: &utoipa::openapi::OpenApi) -> Self {
         // Into memory nothing fails, and every field of it is JSON.
         let plain = description.to_json().unwrap_or_default();
-        let packed = packed(plain.as_bytes()).ok();
+        let packed = pack(plain.as_bytes(), Compression::best()).ok();
         Self {
             plain: plain.into(),
             packed: packed.map(Into::into),
@@ -102,19 +100,4 @@ impl Written {
             _ => (json, self.plain.clone()).into_response(),
         }
     }
-}
-
-fn packed(plain: &[u8]) -> io::Result<Vec<u8>> {
-    let mut packer = GzEncoder::new(Vec::new(), Compression::best());
-    packer.write_all(plain)?;
-    packer.finish()
-}
-
-/// Whoever gives gzip a weight gets what is always right.
-fn takes_packed(headers: &HeaderMap) -> bool {
-    let mut accepted = headers.get_all(ACCEPT_ENCODING).iter();
-    accepted.any(|codings| {
-        let mut codings = codings.as_bytes().split(|byte| *byte == b',');
-        codings.any(|coding| coding.trim_ascii() == b"gzip")
-    })
 }

@@ -47,6 +47,7 @@ pub(super) fn routes() -> OpenApiRouter<Services> {
 #[utoipa::path(
     get,
     path = "/api/admin/organization-permissions",
+    operation_id = "list_organization_permissions",
     tag = "Organization permissions",
     params(OrganizationQuery),
     responses(
@@ -97,7 +98,10 @@ async fn templates(
         OrganizationQuery,
         ActorHeaders,
     ),
-    request_body = PutSetting,
+    request_body(
+        content = PutSetting,
+        example = json!({"min_role_required": "committee_lead", "is_enabled": true, "validate_only": true}),
+    ),
     responses(
         (status = 200, description = "What was set, or with `validate_only` would be", body = SetAnswer),
         (status = "4XX", response = super::openapi::Refused),

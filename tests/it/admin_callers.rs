@@ -225,6 +225,9 @@ async fn a_token_speaks_for_its_subject_alone() {
         made.unwrap();
         let found = newest(&client).await;
         assert!(found.starts_with(recorded), "{found}");
+        administrator.actor.profile_id = bob.to_owned();
+        let forged = administrator.make(set(APPROVE, role, true, &[])).await;
+        assert_eq!(reason(&forged.unwrap_err()), "INVALID_REQUEST");
         assert!(found.ends_with(&format!("jwt:{subject}")), "{found}");
     }
     server.stop().await;

@@ -33,7 +33,7 @@ const SHORT: Duration = Duration::from_millis(300);
 /// What no connection here should take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-const HEALTH: &str = "GET /api/health HTTP/1.1\r\nhost: hallpass\r\n\r\n";
+const HEALTH: &str = "GET /api/health HTTP/1.1\r\nhost: localhost\r\n\r\n";
 
 async fn serve(connections: Connections, bounds: Bounds) -> Server {
     let database = Database::create().await;
@@ -78,7 +78,7 @@ async fn headers_that_never_end_and_idle_connections_do() {
     let mut slow = TcpStream::connect(server.http).await.unwrap();
     let answer = said(
         &mut slow,
-        "GET /api/health HTTP/1.1\r\nhost: hallpass\r\nx-",
+        "GET /api/health HTTP/1.1\r\nhost: localhost\r\nx-",
     )
     .await;
     assert!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
@@ -101,7 +101,7 @@ async fn a_body_that_never_ends_does() {
     for length in ["content-length: 1000", "transfer-encoding: chunked"] {
         let mut slow = TcpStream::connect(server.http).await.unwrap();
         let request = format!(
-            "POST /v1/check HTTP/1.1\r\nhost: hallpass\r\ncontent-type: application/json\r\n{length}\r\n\r\n1\r\n{{"
+            "POST /v1/check HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{length}\r\n\r\n1\r\n{{"
         );
         let answer = said(&mut slow, &request).await;
         assert!(answer.starts_with("HTTP/1.1 504"), "{length}: {answer}");
@@ -116,7 +116,7 @@ async fn headers_are_bounded() {
     for (bytes, expected) in [(8 << 10, "HTTP/1.1 200"), (32 << 10, "HTTP/1.1 431")] {
         let mut stream = TcpStream::connect(server.http).await.unwrap();
         let request = format!(
-            "GET /api/health HTTP/1.1\r\nhost: hallpass\r\nconnection: close\r\nx-long: {}\r\n\r\n",
+            "GET /api/health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx-long: {}\r\n\r\n",
             "x".repeat(bytes)
         );
         let answer = said(&mut stream, &request).await;
@@ -139,7 +139,7 @@ async fn requests_that_do_not_wait_for_answers_are_bounded() {
     )
     .await;
     let mut stream = TcpStream::connect(server.http).await.unwrap();
-    let last = HEALTH.replace("host", "connection: close\r\nhost");
+    let last = HEALTH.replace("host:", "connection: close\r\nhost:");
     let answers = said(&mut stream, &(HEALTH.repeat(REQUESTS - 1) + &last)).await;
     assert_eq!(answers.matches("HTTP/1.1 200").count(), REQUESTS);
 
@@ -203,7 +203,7 @@ async fn with_tls_either_http_is_spoken() {
         ..config(&database.url)
     })
     .await;
-    let closing = HEALTH.replace("host", "connection: close\r\nhost");
+    let closing = HEALTH.replace("host:", "connection: close\r\nhost:");
     for offered in [&[HTTP1][..], &[]] {
         let (spoken, mut stream) = with_tls(server.http, &authority, offered).await;
         assert_eq!(spoken.as_deref(), offered.first().copied());

@@ -311,6 +311,43 @@ async fn long_answers_are_compressed_for_who_takes_them() {
     server.stop().await;
 }
 
+/// Where nobody has to say who it is, a page of elsewhere whose name leads here (DNS rebinding) is not let in.
+#[tokio::test]
+async fn without_credentials_only_this_machine_is_asked_for() {
+    let (_database, server, web) = serve().await;
+    for (host, is_let_in) in [
+        ("127.0.0.1:8080", true),
+        ("localhost", true),
+        ("LOCALHOST:80", true),
+        ("[::1]:8080", true),
+        ("127.1.2.3", true),
+        ("evil.example:8080", false),
+        ("localhost.evil.example", false),
+        ("192.0.2.1", false),
+        ("127.0.0.1.evil.example", false),
+    ] {
+        let answer = web
+            .clone()
+            .with("host", host)
+            .post("/v1/check", &question())
+            .await;
+        let expected = if is_let_in {
+            "200 "
+        } else {
+            "421 HOST_NOT_LOCAL"
+        };
+        assert_eq!(answer.failed(), expected, "{host}");
+    }
+    server.stop().await;
+    let database = Database::create().await;
+    let config = config_with_keys(&database.url, TIMING, Pepper::default());
+    let server = Server::start(config).await;
+    let web = Web::of(&server).with("host", "hallpass.example");
+    let answer = web.post("/v1/check", &question()).await;
+    assert_eq!(answer.failed(), "401 CREDENTIAL_MISSING");
+    server.stop().await;
+}
+
 fn preflight(web: &Web, origin: &str) -> impl Future<Output = WebAnswer> {
     let web = web
         .clone()

@@ -22,6 +22,9 @@ const SPECIFIC_USERS_MAX: usize = 10_000;
 /// Bytes of what an actor's request said of itself, as much as the audit log keeps.
 const ORIGIN_BYTES_MAX: usize = 1_024;
 
+/// The beginning of the year 10000, which no row of the application's can have been changed in.
+const MICROS_MAX: i64 = 253_402_300_800_000_000;
+
 /// Bytes of a permission's name and of its description.
 const NAME_BYTES_MAX: usize = 255;
 const DESCRIPTION_BYTES_MAX: usize = 4_096;
@@ -83,6 +86,17 @@ impl Fields<'_> {
                 );
             }
             user_id = subject;
+            let named = [
+                ("actor.profile_id", &actor.profile_id),
+                ("actor.ip_address", &actor.ip_address),
+                ("actor.user_agent", &actor.user_agent),
+            ];
+            for (field, _) in named.iter().filter(|(_, named)| !named.is_empty()) {
+                self.violation(
+                    *field,
+                    "must be empty: a token speaks for its subject alone",
+                );
+            }
         }
         let profile_id = self.optional_id("actor.profile_id", &actor.profile_id);
         let ip_address = match actor.ip_address.parse() {
@@ -128,6 +142,7 @@ impl Fields<'_> {
         let time = SystemTime::try_from(time?).ok();
         let since_epoch = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
         let micros = since_epoch.and_then(|time| i64::try_from(time.as_micros()).ok());
+        let micros = micros.filter(|micros| *micros < MICROS_MAX);
         if micros.is_none() {
             self.violation(field, "is no time");
         }

@@ -9,7 +9,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     grpc::{admin_service::UserOverride, v1},
-    http::common::Reason,
+    http::evidence::Reason,
 };
 
 /// Which organization.
@@ -36,6 +36,7 @@ pub(super) struct ChangeQuery {
     pub(super) expected_updated_at: Option<Timestamp>,
     /// Say what the change would do, and change nothing.
     #[serde(default)]
+    #[param(example = true)]
     pub(super) validate_only: bool,
 }
 

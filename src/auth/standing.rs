@@ -1,6 +1,6 @@
 //! Whether a credential is still what it was when its call came: for calls that last.
 //!
-//! Invariant: a call that lasts goes no further than [`LOOK_INTERVAL`] beyond an instant at which a new one with its
+//! Invariant: a call that lasts goes no further than `LOOK_INTERVAL` beyond an instant at which a new one with its
 //! credential would have been let in as the same caller. What cannot be found out ends it, too.
 
 use std::{pin::pin, sync::Arc, time::Duration};

@@ -11,12 +11,15 @@ use crate::grpc::v1::{self, consistency::Requirement};
 #[into_params(parameter_in = Query)]
 pub(super) struct Consistency {
     /// Decided by the database, in a snapshot that begins after the request.
+    #[param(example = true)]
     pub(super) fully_consistent: bool,
     /// Includes everything up to this position.
     #[schema(example = "812-5f0c9ae1")]
+    #[param(example = "812-5f0c9ae1")]
     pub(super) at_least_as_fresh: Option<String>,
     /// At most so many milliseconds old.
     #[schema(example = 200)]
+    #[param(example = 200)]
     pub(super) max_staleness_ms: Option<u32>,
 }
 

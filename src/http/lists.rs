@@ -15,8 +15,10 @@ use crate::grpc::v1::{self, permission_service_server::PermissionService};
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 pub(super) struct UserPath {
+    /// The organization that is asked about.
     #[param(format = Uuid, example = "0f5a6c1e-3f0b-4d0e-9a63-0d4f6d0b8a11")]
     organization_id: String,
+    /// The user that is asked about.
     #[param(format = Uuid, example = "7c9e6679-7425-40de-944b-e07fc1f90ae7")]
     user_id: String,
 }
@@ -29,8 +31,10 @@ pub(super) struct UserPermissionsQuery {
     #[param(example = "events")]
     module: String,
     /// Only permissions that the user has.
+    #[param(example = true)]
     allowed_only: bool,
     /// Decided by the database, in a snapshot that begins after the request.
+    #[param(example = true)]
     fully_consistent: bool,
     /// Includes everything up to this position.
     #[param(example = "812-5f0c9ae1")]
@@ -128,6 +132,7 @@ pub(super) async fn user_permissions(
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Path)]
 pub(super) struct OrganizationPath {
+    /// The organization that is asked about.
     #[param(format = Uuid, example = "0f5a6c1e-3f0b-4d0e-9a63-0d4f6d0b8a11")]
     organization_id: String,
 }

@@ -32,7 +32,7 @@ NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/no
 PYTHON = target/python/bin/python
 
 .PHONY: help demo examples test lint lint-dependencies lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
-	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
+	audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -160,10 +160,6 @@ audit-kills: ## kill a replica and the database TIMES=25 times each, and compare
 	@tools/prerequisites.sh rust cc postgresql psql
 	@TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::audit_streams_lose_nothing_through_kills --ignored --nocapture
-
-audit-consumer: target/python/installed ## run the Python consumer of docs/audit.md
-	@PYTHON=$(CURDIR)/$(PYTHON) $(CARGO) test --locked --quiet --test it -- \
-		--exact audit_commands::the_consumer_of_the_documentation_loses_nothing --ignored
 
 audit-figures: ## measure how late audit entries arrive, and how fast a million of them are exported
 	@tools/prerequisites.sh rust cc postgresql

@@ -14,14 +14,17 @@ use tokio::{
         mpsc::{self, error::TrySendError},
         oneshot,
     },
-    task::{Id, JoinError, JoinSet},
+    task::{Id, JoinError, JoinSet, yield_now},
 };
 
 use crate::{
     cache::{Cache, Entry, Epoch},
     feed::Progress,
     model::{BootTime, Position, Subject},
-    store::{MISS_CONNECTIONS_MAX, Store, StoreError, load::ReadFrom},
+    store::{
+        MISS_CONNECTIONS_MAX, Store, StoreError,
+        load::{ReadFrom, SUBJECTS_A_TURN},
+    },
 };
 
 /// Statements on their way at once: one a connection.
@@ -161,16 +164,14 @@ impl Source {
         } else {
             Epoch::NEVER
         };
-        let entries = loaded
-            .subjects
-            .into_iter()
-            .map(|(subject, permissions)| {
-                (
-                    subject,
-                    self.cache.insert(subject, permissions, loaded.head, epoch),
-                )
-            })
-            .collect();
+        let mut entries = HashMap::with_capacity(loaded.subjects.len());
+        for (subject, permissions) in loaded.subjects {
+            let entry = self.cache.insert(subject, permissions, loaded.head, epoch);
+            entries.insert(subject, entry);
+            if entries.len() % SUBJECTS_A_TURN == 0 {
+                yield_now().await;
+            }
+        }
         Ok(Load {
             entries,
             head: loaded.head,

@@ -18,7 +18,7 @@ use tokio::{
     },
     sync::{Notify, mpsc},
     task::JoinSet,
-    time::{interval, timeout},
+    time::{interval_at, timeout},
 };
 
 use crate::{
@@ -199,7 +199,9 @@ async fn send(
     fewer: &Notify,
 ) -> Result<Sent> {
     let started = Instant::now();
-    let mut portions = interval(PORTION);
+    // One connection after the other: else all of them would wait for the answers to the first.
+    let first = PORTION * u32::try_from(index)? / u32::try_from(CONNECTIONS)?;
+    let mut portions = interval_at((started + first).into(), PORTION);
     let mut at: Vec<Instant> = Vec::new();
     let mut frames = Vec::new();
     while started.elapsed() < time {

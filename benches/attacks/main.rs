@@ -109,9 +109,13 @@ async fn run(overloads: bool, arguments: &[String]) -> Result<ExitCode> {
         directory.path(),
         std::os::unix::fs::PermissionsExt::from_mode(0o755),
     )?;
-    // Whoever makes the load reads an answer when it comes, not when the database pauses.
-    let niceness = if overloads { "5" } else { "0" };
-    let service = Service::start(&directory.path().join("data"), niceness).await?;
+    let (threads, niceness) = if overloads {
+        (1, overload::NICENESS)
+    } else {
+        (std::thread::available_parallelism()?.get(), 0)
+    };
+    let data = directory.path().join("data");
+    let service = Service::start(&data, threads, niceness).await?;
     let holds = if overloads {
         overload::run(&service).await?
     } else {

@@ -49,14 +49,16 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// Fills a private database with the demo's district and serves it, both with so much less claim to a core.
-    pub(crate) async fn start(data_dir: &Path, niceness: &str) -> Result<Self> {
+    /// Fills a private database with the demo's district and serves it, with so many threads, both with so much less claim to
+    /// a core than this program.
+    pub(crate) async fn start(data_dir: &Path, threads: usize, niceness: i32) -> Result<Self> {
         let process = Command::new("nice")
-            .args(["-n", niceness, env!("CARGO_BIN_EXE_hallpass")])
+            .args(["-n", &niceness.to_string(), env!("CARGO_BIN_EXE_hallpass")])
             .args(["demo", "--http-listen", "none", "--grpc-listen", LISTEN])
             .arg("--data-dir")
             .arg(data_dir)
             .env("RUST_LOG", "error")
+            .env("TOKIO_WORKER_THREADS", threads.to_string())
             .stdout(Stdio::null())
             .spawn()?;
         let mut service = Self {

@@ -220,13 +220,11 @@ pub const ACCESS: [Row; 39] = [
 /// A call's row; `None` for what nobody serves.
 #[must_use]
 pub fn row<B>(request: &Request<B>) -> Option<&'static Row> {
-    let Some(route) = request.extensions().get::<MatchedPath>() else {
-        if request.extensions().get::<OverHttp>().is_some() {
-            return None;
-        }
+    if request.extensions().get::<OverHttp>().is_none() {
         let path = request.uri().path();
         return ACCESS.iter().find(|(name, ..)| *name == path);
-    };
+    }
+    let route = request.extensions().get::<MatchedPath>()?;
     let method = match *request.method() {
         // What is read can be asked for without its body.
         Method::HEAD => "GET",

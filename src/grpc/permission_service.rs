@@ -93,12 +93,10 @@ impl v1::permission_service_server::PermissionService for PermissionService {
         let caller = parse::caller(&request)?;
         let request = request.into_inner();
         let mut fields = Fields::new(&caller);
-        // More than that are not decoded.
-        if request.items.is_empty() {
-            fields.violation(
-                "items",
-                format!("must be 1 to {BATCH_ITEMS_MAX} items, not 0"),
-            );
+        // gRPC's codec has not even decoded more than that.
+        let items = request.items.len();
+        if !(1..=BATCH_ITEMS_MAX).contains(&items) {
+            fields.violation("items", status::wrong_count_of_items(items));
         }
         let freshness = fields.freshness(request.consistency, self.staleness_ceiling);
         fields.all_fit(Some(()))?;

@@ -52,9 +52,15 @@ pub fn of_http(reason: &str, message: &str) -> Status {
 }
 
 /// A batch of so many items, refused before any is looked at.
-pub fn too_many_items(found: usize) -> Status {
-    let description = format!("must be 1 to {BATCH_ITEMS_MAX} items, not {found}");
-    invalid(vec![FieldViolation::new("items", description)])
+pub(super) fn too_many_items(found: usize) -> Status {
+    invalid(vec![FieldViolation::new(
+        "items",
+        wrong_count_of_items(found),
+    )])
+}
+
+pub(super) fn wrong_count_of_items(found: usize) -> String {
+    format!("must be 1 to {BATCH_ITEMS_MAX} items, not {found}")
 }
 
 /// There is no such organization.

@@ -161,7 +161,7 @@ fn end_text(end: &Status) -> Text {
     let cursor = info.and_then(|mut info| info.metadata.remove("cursor"));
     let data = End {
         error: end.message(),
-        code: failure::code(end),
+        code: failure::said(end).0,
         cursor: cursor.as_deref(),
     };
     event("end", cursor.as_deref().unwrap_or_default(), &data)

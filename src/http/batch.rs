@@ -13,7 +13,6 @@ use super::{
     failure::{Failure, FieldError, said},
 };
 use crate::grpc::{
-    permission_service::BATCH_ITEMS_MAX,
     status,
     v1::{
         self, batch_check_permissions_result::Result as Outcome,
@@ -157,9 +156,6 @@ pub(super) async fn batch_check(
     call: Call,
     Json(request): Json<BatchCheckRequest>,
 ) -> Result<Json<BatchCheckAnswer>, Failure> {
-    if request.items.len() > BATCH_ITEMS_MAX {
-        return Err(status::too_many_items(request.items.len()).into());
-    }
     let request = call.with(request.into());
     answer(services.permissions.batch_check_permissions(request).await)
 }

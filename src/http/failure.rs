@@ -139,7 +139,7 @@ pub(super) async fn as_json(request: Request, next: Next) -> Response {
         ),
         _ => (
             more_precise.unwrap_or_else(|| http_status(failed.code())),
-            code(&failed),
+            reason,
             failed.message().to_owned(),
         ),
     };
@@ -209,16 +209,6 @@ fn http_status(code: Code) -> StatusCode {
         Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
         Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
         Code::Unknown | Code::Internal | Code::DataLoss => StatusCode::INTERNAL_SERVER_ERROR,
-    }
-}
-
-/// What programs know a failure by.
-pub(super) fn code(failed: &Status) -> String {
-    let reason = status::reason(failed);
-    if reason.is_empty() {
-        code_name(failed.code())
-    } else {
-        reason
     }
 }
 

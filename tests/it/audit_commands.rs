@@ -13,6 +13,7 @@ use crate::{
     commands::{Ran, command, hallpass},
     consumer::{changed, entries_where},
     database::{Database, eventually},
+    examples::installed,
     names::id,
     server::{Server, config, run_sql, set_role, within},
     sql::{run, value},
@@ -371,9 +372,8 @@ async fn what_is_no_filter_is_refused() {
 
 /// The consumer of docs/audit.md, as it stands there, killed in between.
 #[tokio::test]
-#[ignore = "needs a Python with grpcio and grpcio-tools: make audit-consumer"]
 async fn the_consumer_of_the_documentation_loses_nothing() {
-    let python = std::env::var("PYTHON").unwrap_or("python3".to_owned());
+    let python = installed("target/python/bin/python");
     let (database, client) = changed().await;
     let server = Server::start(config(&database.url)).await;
     let directory = temporary_directory();

@@ -36,7 +36,7 @@ enum Language {
 }
 
 /// A path in the repository; what `make examples` puts there must be there.
-fn installed(path: &str) -> String {
+pub(crate) fn installed(path: &str) -> String {
     let path = format!("{}/{path}", env!("CARGO_MANIFEST_DIR"));
     assert!(
         Path::new(&path).exists(),

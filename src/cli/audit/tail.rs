@@ -247,6 +247,7 @@ fn difference(before: &[Value], after: &[Value]) -> String {
         .chain(lost.map(|value| format!("-{}", shown(value))))
         .collect();
     match differences.len() {
+        0 if after.is_empty() => "[]".to_owned(),
         0 => "has the same elements".to_owned(),
         count if count > LISTED_MAX => {
             let named = differences[..LISTED_MAX].join(" ");
@@ -305,6 +306,8 @@ mod tests {
             (r#"["a","b"]"#, r#"["b","c"]"#, "+c -a"),
             ("null", r#"["a"]"#, "+a"),
             (r#"["a","b"]"#, r#"["b","a"]"#, "has the same elements"),
+            ("null", "[]", "[]"),
+            ("[]", "null", "[]"),
         ] {
             assert_eq!(change(Some(&json(before)), Some(&json(after))), expected);
         }

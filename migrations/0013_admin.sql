@@ -309,10 +309,10 @@ BEGIN
     END LOOP;
 END $$;
 
-CREATE TYPE hallpass.holding AS (org_id uuid, user_id uuid, permission_key text);
+CREATE TYPE hallpass.holders AS (org_id uuid, permission_key text, user_ids uuid[]);
 
--- Who holds what, among all that these steps can change.
-CREATE FUNCTION hallpass.holdings(steps jsonb) RETURNS hallpass.holding[]
+-- Who holds what, among all that these steps can change. By user it would be a row for each permission of each.
+CREATE FUNCTION hallpass.holders_of(steps jsonb) RETURNS hallpass.holders[]
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
     orgs CONSTANT uuid[] := ARRAY(SELECT DISTINCT (step ->> 'org_id')::uuid FROM jsonb_array_elements(steps) step
@@ -321,16 +321,18 @@ DECLARE
                                    WHERE step ? 'user_id');
     keys CONSTANT text[] := ARRAY(SELECT DISTINCT step ->> 'permission_key' FROM jsonb_array_elements(steps) step
                                   WHERE step ? 'permission_key');
-    holdings hallpass.holding[];
+    holders hallpass.holders[];
 BEGIN
     -- Planned for what is asked: one organization is a few rows of many.
-    EXECUTE 'SELECT array_agg((e.org_id, e.user_id, e.permission_key)::hallpass.holding)
+    EXECUTE 'SELECT array_agg((h.org_id, h.permission_key, h.user_ids)::hallpass.holders) FROM (
+             SELECT e.org_id, e.permission_key, array_agg(e.user_id) AS user_ids
              FROM public.effective_user_permissions e WHERE e.user_has_permission'
         || CASE WHEN orgs <> '{}' THEN ' AND e.org_id = ANY ($1)' ELSE '' END
         || CASE WHEN users <> '{}' THEN ' AND e.user_id = ANY ($2)' ELSE '' END
         || CASE WHEN keys <> '{}' THEN ' AND e.permission_key = ANY ($3)' ELSE '' END
-    INTO holdings USING orgs, users, keys;
-    RETURN coalesce(holdings, '{}');
+        || ' GROUP BY e.org_id, e.permission_key) h'
+    INTO holders USING orgs, users, keys;
+    RETURN coalesce(holders, '{}');
 END $$;
 
 -- How many would gain and lose which permission by these steps: the first effects_max of all the effects, by organization and
@@ -340,30 +342,32 @@ CREATE FUNCTION hallpass.preview(steps jsonb, effects_max integer, named_max int
 RETURNS TABLE (org_id uuid, permission_key text, gained bigint, lost bigint, gaining uuid[], losing uuid[], effects bigint)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
-    before CONSTANT hallpass.holding[] := hallpass.holdings(steps);
-    after hallpass.holding[];
+    before CONSTANT hallpass.holders[] := hallpass.holders_of(steps);
+    after hallpass.holders[];
 BEGIN
     BEGIN
         PERFORM hallpass.change(steps, '{}', NULL);
-        after := hallpass.holdings(steps);
+        after := hallpass.holders_of(steps);
         RAISE EXCEPTION USING ERRCODE = 'HPV01';
     EXCEPTION WHEN SQLSTATE 'HPV01' THEN
         NULL;
     END;
     RETURN QUERY
     SELECT difference.org_id, difference.permission_key,
-           count(*) FILTER (WHERE gains), count(*) FILTER (WHERE NOT gains),
-           coalesce((array_agg(difference.user_id ORDER BY difference.user_id) FILTER (WHERE gains))[:CASE WHEN
-               row_number() OVER listed <= named_max THEN users_max ELSE 0 END], '{}'),
-           coalesce((array_agg(difference.user_id ORDER BY difference.user_id) FILTER (WHERE NOT gains))[:CASE WHEN
-               row_number() OVER listed <= named_max THEN users_max ELSE 0 END], '{}'),
+           cardinality(difference.gains)::bigint, cardinality(difference.loses)::bigint,
+           difference.gains[:CASE WHEN row_number() OVER listed <= named_max THEN users_max ELSE 0 END],
+           difference.loses[:CASE WHEN row_number() OVER listed <= named_max THEN users_max ELSE 0 END],
            count(*) OVER ()
     FROM (
-        (SELECT now.*, true AS gains FROM unnest(after) now EXCEPT SELECT was.*, true FROM unnest(before) was)
-        UNION ALL
-        (SELECT was.*, false FROM unnest(before) was EXCEPT SELECT now.*, false FROM unnest(after) now)
+        SELECT coalesce(now.org_id, was.org_id) AS org_id, coalesce(now.permission_key, was.permission_key) AS permission_key,
+               ARRAY(SELECT unnest(now.user_ids) EXCEPT SELECT unnest(was.user_ids) ORDER BY 1) AS gains,
+               ARRAY(SELECT unnest(was.user_ids) EXCEPT SELECT unnest(now.user_ids) ORDER BY 1) AS loses
+        FROM unnest(before) was
+        FULL JOIN unnest(after) now ON now.org_id = was.org_id AND now.permission_key = was.permission_key
+        WHERE now.user_ids IS DISTINCT FROM was.user_ids
+        OFFSET 0    -- so that each difference is made once
     ) difference
-    GROUP BY difference.org_id, difference.permission_key
+    WHERE difference.gains <> '{}' OR difference.loses <> '{}'
     WINDOW listed AS (ORDER BY difference.org_id, difference.permission_key)
     ORDER BY difference.org_id, difference.permission_key
     LIMIT effects_max;

@@ -252,7 +252,10 @@ impl From<AdminError> for Status {
             _ => None,
         };
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
-        details.set_retry_info(retry);
+        // To set none would set an empty one.
+        if retry.is_some() {
+            details.set_retry_info(retry);
+        }
         Self::with_error_details(code, error.to_string(), details)
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use hallpass_client::tonic::Code;
+use tonic_types::StatusExt;
 
 use crate::{
     admin::{
@@ -60,6 +61,8 @@ async fn a_lost_update_is_refused() {
                 let refused = refused.unwrap_err();
                 assert_eq!(refused.code(), Code::Aborted, "{late:?}");
                 assert_eq!(reason(&refused), "UPDATED_MEANWHILE", "{late:?}");
+                // It would be refused again.
+                assert!(refused.get_details_retry_info().is_none());
             }
         }
         assert_eq!(head(&client).await, before);

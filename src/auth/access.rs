@@ -197,21 +197,20 @@ pub const ACCESS: [Row; 37] = [
     ("GET /docs/", Need::Nothing, Answer::Message),
 ];
 
-/// A call's row; `None` for what nobody serves.
+/// A call's row and its place; `None` for what nobody serves.
 #[must_use]
-pub fn row<B>(request: &Request<B>) -> Option<&'static Row> {
+pub fn row<B>(request: &Request<B>) -> Option<(usize, &'static Row)> {
+    let mut rows = ACCESS.iter().enumerate();
     let Some(route) = request.extensions().get::<MatchedPath>() else {
         let path = request.uri().path();
-        return ACCESS.iter().find(|(name, ..)| *name == path);
+        return rows.find(|(_, (name, ..))| *name == path);
     };
     let method = match *request.method() {
         // What is read can be asked for without its body.
         Method::HEAD => "GET",
         ref method => method.as_str(),
     };
-    ACCESS
-        .iter()
-        .find(|(name, ..)| name.split_once(' ') == Some((method, route.as_str())))
+    rows.find(|(_, (name, ..))| name.split_once(' ') == Some((method, route.as_str())))
 }
 
 /// What HTTP methods a route has.

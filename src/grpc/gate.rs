@@ -71,7 +71,7 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let refuse = |status: Status| Either::Right(Either::Left(ready(Ok(status.into_http()))));
-        let need = match access::row(&request).map(|(_, need, _)| *need) {
+        let need = match access::row(&request).map(|(_, (_, need, _))| *need) {
             None => return refuse(status::no_such_method()),
             Some(Need::Nothing) => return Either::Left(self.inner.call(request)),
             Some(need) => need,

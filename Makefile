@@ -9,6 +9,7 @@ SCRIPTS = .ci/run tools/*.sh fuzz/*.sh
 TOOLS = $(or $(CARGO_TARGET_DIR),target)/tools
 DENY = $(TOOLS)/cargo-deny-0.20.2/bin/cargo-deny
 CYCLONEDX = $(TOOLS)/cargo-cyclonedx-0.5.9/bin/cargo-cyclonedx
+SCHEMATHESIS = $(or $(CARGO_TARGET_DIR),target)/python-schemathesis/bin/schemathesis
 
 # A rustup that was installed a minute ago is not on PATH yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -26,8 +27,12 @@ ifeq ($(NODE_EXTRA_CA_CERTS),)
 export NODE_EXTRA_CA_CERTS := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 endif
 
-.PHONY: help demo test lint lint-dependencies lint-fuzz lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
-	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation
+# What the examples import, as their lock files have it. Installed once: tests then need no network.
+NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/node_modules/.package-lock.json
+PYTHON = target/python/bin/python
+
+.PHONY: help demo examples test lint lint-dependencies lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
+	audit-consumer audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -38,11 +43,27 @@ demo: ## serve a made-up district from a private PostgreSQL, with commands to pa
 	@$(CARGO) build --release --locked --quiet --bin hallpass
 	@$(CARGO) run --release --locked --quiet --bin hallpass -- demo
 
-test: ## run all tests, on a PostgreSQL of their own
+test: examples ## run all tests, on a PostgreSQL of their own
 	@tools/prerequisites.sh rust cc postgresql
 	$(CARGO) test --workspace --exclude hallpass-fuzz --locked
 
-lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contract and the scripts
+examples: $(NODE_MODULES) target/python/installed ## install what the examples import, for tests to run them
+
+examples/%/node_modules/.package-lock.json: examples/%/package.json examples/%/package-lock.json
+	@tools/prerequisites.sh npm
+	npm ci --prefix examples/$* --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error
+	@touch $@
+
+# With the stubs that the examples in Python import.
+target/python/installed: examples/python/requirements.txt $(wildcard proto/*/*/*.proto)
+	@tools/prerequisites.sh python
+	python3 -m venv target/python
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(PYTHON) -m grpc_tools.protoc -I proto --python_out=target/python --grpc_python_out=target/python \
+		hallpass/v1/audit_service.proto hallpass/v1/permission_service.proto
+	@touch $@
+
+lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-http lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contracts and the scripts
 
 lint-rust:
 	@tools/prerequisites.sh rust rust-lints cc c++
@@ -56,6 +77,18 @@ lint-proto: $(BUF)
 	$(BUF) breaking --against $(IMAGE)
 	@$(BUF) build --exclude-source-info -o - | cmp -s - $(IMAGE) \
 		|| { echo '$(IMAGE) is not of these protos: run `make freeze` and commit it' >&2; exit 1; }
+
+# Made-up input for every operation that is served over HTTP: nothing fails, and every answer is described.
+lint-http: $(SCHEMATHESIS)
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) build --locked --quiet --bin hallpass
+	@tools/schemathesis.sh $(SCHEMATHESIS)
+
+$(SCHEMATHESIS): tools/schemathesis.txt
+	@tools/prerequisites.sh python
+	python3 -m venv $(@:/bin/schemathesis=)
+	$(@:/bin/schemathesis=)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 lint-scripts:
 	@tools/prerequisites.sh shellcheck
@@ -100,7 +133,7 @@ $(BUF): tools/package.json tools/package-lock.json
 	npm ci --prefix tools --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error
 	@touch $@
 
-mutants: ## take out one safety check after the other and see the tests fail
+mutants: examples ## take out one safety check after the other and see the tests fail
 	@tools/prerequisites.sh rust cc postgresql
 	@tools/mutants.sh $(ONLY)
 
@@ -128,13 +161,9 @@ audit-kills: ## kill a replica and the database TIMES=25 times each, and compare
 	@TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::audit_streams_lose_nothing_through_kills --ignored --nocapture
 
-audit-consumer: target/python ## run the Python consumer of docs/audit.md
-	@PYTHON=$(CURDIR)/target/python/bin/python $(CARGO) test --locked --quiet --test it -- \
+audit-consumer: target/python/installed ## run the Python consumer of docs/audit.md
+	@PYTHON=$(CURDIR)/$(PYTHON) $(CARGO) test --locked --quiet --test it -- \
 		--exact audit_commands::the_consumer_of_the_documentation_loses_nothing --ignored
-
-target/python:
-	python3 -m venv $@
-	$@/bin/pip install --quiet grpcio grpcio-tools
 
 audit-figures: ## measure how late audit entries arrive, and how fast a million of them are exported
 	@tools/prerequisites.sh rust cc postgresql
@@ -149,7 +178,7 @@ torture: ## kill, stop, cut off and restore for a quarter of an hour, and check 
 	@CHECKS=$(CHECKS) TIMES=$(TIMES) SEED=$(SEED) $(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::answers_are_right_through_every_fault --ignored --nocapture
 
-torture-mutants: ## take out what keeps answers fresh, one after the other, and see the torture find it
+torture-mutants: examples ## take out what keeps answers fresh, one after the other, and see the torture find it
 	@tools/prerequisites.sh rust cc postgresql psql
 	@tools/mutants.sh --torture $(ONLY)
 
@@ -157,3 +186,7 @@ revocation: ## measure how long a revocation takes to reach three replicas
 	@tools/prerequisites.sh rust cc postgresql psql
 	@$(CARGO) test --release --locked --quiet --test it -- \
 		--exact torture::revocation::a_revocation_reaches_every_replica --ignored --nocapture
+
+web-figures: ## measure pages of an organization of 10,000 members over HTTP, and a thousand requests a minute
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) test --release --locked --quiet --test it -- web_figures:: --ignored --nocapture --test-threads 1

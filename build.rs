@@ -1,8 +1,20 @@
-//! Compiles `hallpass.v1` for the server, and its descriptor set for reflection.
+//! Compiles `hallpass.v1` for the server, and its descriptor set for reflection; packs what the page of `/docs/` is made of.
 
-use std::{env, error::Error, fs, path::PathBuf};
+use std::{
+    env,
+    error::Error,
+    fs,
+    io::{self, Cursor},
+    path::{Path, PathBuf},
+};
 
+use flate2::{Compression, write::GzEncoder};
 use prost::Message;
+use utoipa_swagger_ui_vendored::SWAGGER_UI_VENDORED;
+use zip::ZipArchive;
+
+/// Of Swagger UI's release, what the page needs.
+const DOCS_ASSETS: [&str; 2] = ["swagger-ui-bundle.js", "swagger-ui.css"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
@@ -21,5 +33,22 @@ fn main() -> Result<(), Box<dyn Error>> {
         .codec_path("crate::grpc::codec::Codec")
         .extern_path(".google.rpc", "::tonic_types::pb")
         .compile_fds(descriptors)?;
+    pack_docs_assets(&out)
+}
+
+/// Writes each asset to `out` as browsers take it: packed once, here.
+fn pack_docs_assets(out: &Path) -> Result<(), Box<dyn Error>> {
+    let mut release = ZipArchive::new(Cursor::new(SWAGGER_UI_VENDORED))?;
+    for asset in DOCS_ASSETS {
+        let inside = format!("/dist/{asset}");
+        let name = (release.file_names().filter_map(Result::ok))
+            .find(|name| name.ends_with(&inside))
+            .ok_or("Swagger UI has another layout")?
+            .into_owned();
+        let packed = fs::File::create(out.join(format!("{asset}.gz")))?;
+        let mut packed = GzEncoder::new(packed, Compression::best());
+        io::copy(&mut release.by_name(&name)?, &mut packed)?;
+        packed.finish()?;
+    }
     Ok(())
 }

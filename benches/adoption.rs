@@ -1,7 +1,8 @@
-//! The figures of docs/adoption.md: what adoption takes, and what its recording costs the application's own writes.
+//! The figures of docs/adoption.md: what adoption takes, and what its recording costs the application's own writes; and of
+//! docs/audit.md: what of that the audit log's indexes cost.
 //!
-//! Two databases with the same 100,000 members in one PostgreSQL, one adopted and one not, written to in turns: machines
-//! differ and are noisy, the ratios hold.
+//! Databases in one PostgreSQL that differ in that alone, written to in turns: machines differ and are noisy, the ratios
+//! hold.
 
 use std::{
     error::Error,
@@ -17,7 +18,7 @@ use tokio_postgres::{Client, NoTls};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// PTO Connect's tables, as far as permissions go, with 200 organizations and 100,000 members.
+/// PTO Connect's tables, as far as permissions go, with 200 organizations.
 const APPLICATION: &str = "
 CREATE TABLE organizations (id uuid PRIMARY KEY, name text NOT NULL);
 CREATE TABLE profiles (
@@ -39,7 +40,9 @@ INSERT INTO organization_permission_templates (module_name, permission_key, perm
 SELECT 'module_' || i % 7, 'can_' || i, 'Can ' || i, (ARRAY['volunteer', 'committee_lead', 'board_member'])[1 + i % 3]
 FROM generate_series(1, 30) i;
 INSERT INTO organization_permissions (org_id, permission_key, min_role_required)
-SELECT o.id, 'can_' || i, 'admin' FROM organizations o, generate_series(1, 12) i;
+SELECT o.id, 'can_' || i, 'admin' FROM organizations o, generate_series(1, 12) i";
+
+const MEMBERS: &str = "
 INSERT INTO profiles (user_id, org_id, role, first_name, last_name)
 SELECT md5('u' || i)::uuid, md5('o' || i % 200)::uuid, 'volunteer', 'Ann', 'Archer' FROM generate_series(1, 100000) i;
 VACUUM ANALYZE";
@@ -49,6 +52,24 @@ const UPDATE: &str = "UPDATE profiles SET role = $1 WHERE user_id = md5('u' || $
 const IMPORT: &str = "
 INSERT INTO profiles (user_id, org_id, role)
 SELECT gen_random_uuid(), md5('o' || i % 200)::uuid, 'volunteer' FROM generate_series(1, 100000) i";
+
+/// As many settings, of permissions that are in no catalog: each is recorded all the same.
+const IMPORT_SETTINGS: &str = "
+INSERT INTO organization_permissions (org_id, permission_key, min_role_required)
+SELECT md5('o' || i % 200)::uuid, 'imported_' || i, 'admin' FROM generate_series(1, 100000) i";
+
+const REMOVE_SETTINGS: &str = "
+DELETE FROM organization_permissions WHERE permission_key LIKE 'imported_%';
+VACUUM organization_permissions";
+
+/// An actor, so that the index of actors has its part.
+const ACTOR: &str = "SELECT set_config('app.current_user_id', md5('u1')::uuid::text, true)";
+
+/// Those of migration 0012.
+const DROP_INDEXES: &str = "
+DROP INDEX public.permission_audit_log_time, public.permission_audit_log_organization,
+    public.permission_audit_log_affected_user, public.permission_audit_log_actor,
+    public.permission_audit_log_permission";
 
 /// Removed again between two imports, which is not timed.
 const REMOVE_IMPORTED: &str = "
@@ -74,6 +95,12 @@ async fn main() -> Result<()> {
     })?;
     let without = application(&postgres, "without").await?;
     let with = application(&postgres, "with").await?;
+    for client in [&without, &with] {
+        // VACUUM is not for a batch, which is one transaction.
+        for statement in MEMBERS.split(";\n") {
+            client.batch_execute(statement).await?;
+        }
+    }
 
     println!("adoption of 100,000 members, 30 permissions");
     let mut since = Instant::now();
@@ -107,36 +134,61 @@ async fn main() -> Result<()> {
         );
     }
 
-    let (mut bare, mut recorded) = (Duration::MAX, Duration::MAX);
+    let (bare, recorded) = imports([&without, &with], IMPORT, REMOVE_IMPORTED).await?;
+    row("100,000-row import, best of 5, s", bare, recorded);
+
+    println!("the audit log's five indexes");
+    let indexed = adopted(&postgres, "indexed").await?;
+    let unindexed = adopted(&postgres, "unindexed").await?;
+    unindexed.batch_execute(DROP_INDEXES).await?;
+    println!("{:34}{:>10}{:>10}{:>8}", "", "without", "with", "ratio");
+    for (name, import, remove) in [
+        ("100,000 members, best of 5, s", IMPORT, REMOVE_IMPORTED),
+        (
+            "100,000 settings, best of 5, s",
+            IMPORT_SETTINGS,
+            REMOVE_SETTINGS,
+        ),
+    ] {
+        let (without, with) = imports([&unindexed, &indexed], import, remove).await?;
+        row(name, without, with);
+    }
+    Ok(())
+}
+
+/// The shortest that an import took in each database, in seconds.
+async fn imports(clients: [&Client; 2], import: &str, remove: &str) -> Result<(f64, f64)> {
+    let import = format!("BEGIN; {ACTOR}; {import}; COMMIT");
+    let mut least = [Duration::MAX; 2];
     for _ in 0..IMPORTS {
-        for (client, least) in [(&without, &mut bare), (&with, &mut recorded)] {
+        for (client, least) in clients.iter().zip(&mut least) {
             let started = Instant::now();
-            client.batch_execute(IMPORT).await?;
+            client.batch_execute(&import).await?;
             *least = (*least).min(started.elapsed());
-            // VACUUM is not for a batch, which is one transaction.
-            for statement in REMOVE_IMPORTED.split(';') {
+            for statement in remove.split(';') {
                 client.batch_execute(statement).await?;
             }
         }
     }
-    row(
-        "100,000-row import, best of 5, s",
-        bare.as_secs_f64(),
-        recorded.as_secs_f64(),
-    );
-    Ok(())
+    let [first, second] = least.map(|least| least.as_secs_f64());
+    Ok((first, second))
 }
 
-/// A database with the application's tables and rows.
+/// A database with the application's tables, and no members yet.
 async fn application(postgres: &PrivatePostgres, name: &str) -> Result<Client> {
     let admin = connect(&postgres.url_for("postgres")).await?;
     admin
         .batch_execute(&format!("CREATE DATABASE \"{name}\""))
         .await?;
     let client = connect(&postgres.url_for(name)).await?;
-    for statement in APPLICATION.split(";\n") {
-        client.batch_execute(statement).await?;
-    }
+    client.batch_execute(APPLICATION).await?;
+    Ok(client)
+}
+
+/// The same, adopted.
+async fn adopted(postgres: &PrivatePostgres, name: &str) -> Result<Client> {
+    let client = application(postgres, name).await?;
+    migrate(&postgres.url_for(name).parse()?, |_| {}).await?;
     Ok(client)
 }
 

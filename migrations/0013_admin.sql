@@ -49,7 +49,9 @@ CREATE FUNCTION hallpass.require_role(asked text) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM public.permission_roles r WHERE r.role_key::text = asked) THEN
-        RAISE EXCEPTION 'the role ladder has no role of this name' USING ERRCODE = 'HPN03';
+        -- As JSON without its quotes: on one line, whatever was asked for.
+        RAISE EXCEPTION 'the role ladder has no role `%`', substr(left(to_json(left(asked, 64))::text, -1), 2)
+            USING ERRCODE = 'HPN03';
     END IF;
 END $$;
 
@@ -74,7 +76,7 @@ BEGIN
     SELECT t.updated_at INTO template_updated_at FROM public.organization_permission_templates t
     WHERE t.permission_key = asked_key;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'the catalog has no permission of this name' USING ERRCODE = 'HPN02';
+        RAISE EXCEPTION 'the catalog has no permission `%`', asked_key USING ERRCODE = 'HPN02';
     END IF;
     SELECT o.updated_at INTO own_updated_at FROM public.organization_permissions o
     WHERE o.org_id = asked_org_id AND o.permission_key = asked_key FOR UPDATE;
@@ -141,13 +143,13 @@ DECLARE
 BEGIN
     PERFORM hallpass.require_organization(asked_org_id);
     IF NOT EXISTS (SELECT FROM public.organization_permission_templates t WHERE t.permission_key = asked_key) THEN
-        RAISE EXCEPTION 'the catalog has no permission of this name' USING ERRCODE = 'HPN02';
+        RAISE EXCEPTION 'the catalog has no permission `%`', asked_key USING ERRCODE = 'HPN02';
     END IF;
     IF NOT EXISTS (SELECT FROM hallpass.members m WHERE m.org_id = asked_org_id AND m.user_id = asked_user_id) THEN
         RAISE EXCEPTION 'the user is no member of the organization' USING ERRCODE = 'HPN04';
     END IF;
-    INSERT INTO public.organization_permissions AS o (org_id, permission_key, min_role_required, specific_users)
-    VALUES (asked_org_id, asked_key, role, ARRAY[asked_user_id])
+    INSERT INTO public.organization_permissions AS o (org_id, permission_key, min_role_required, is_enabled, specific_users)
+    VALUES (asked_org_id, asked_key, role, true, ARRAY[asked_user_id])
     ON CONFLICT (org_id, permission_key) DO UPDATE
     SET specific_users = array_append(o.specific_users, asked_user_id), updated_at = clock_timestamp()
     WHERE NOT coalesce(asked_user_id = ANY (o.specific_users), false)
@@ -253,7 +255,7 @@ BEGIN
     SELECT t.updated_at INTO present FROM public.organization_permission_templates t
     WHERE t.permission_key = asked_key FOR UPDATE;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'the catalog has no permission of this name' USING ERRCODE = 'HPN02';
+        RAISE EXCEPTION 'the catalog has no permission `%`', asked_key USING ERRCODE = 'HPN02';
     END IF;
     PERFORM hallpass.require_unchanged(present, expected);
     DELETE FROM public.organization_permission_templates t WHERE t.permission_key = asked_key;

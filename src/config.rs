@@ -2,6 +2,7 @@
 
 mod auth;
 mod connections;
+mod http;
 mod identity;
 mod limits;
 mod tls;
@@ -13,6 +14,7 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 pub use self::{
     auth::{AuthMethod, AuthSettings, PepperSettings},
     connections::ConnectionSettings,
+    http::HttpSettings,
     identity::IdentitySettings,
     limits::LimitSettings,
     tls::{TLS_RELOAD_INTERVAL, TlsSettings},
@@ -70,6 +72,9 @@ pub struct ServeSettings {
     /// Where to serve HTTP and JSON: as --grpc-listen, or none
     #[arg(long, env = "HALLPASS_HTTP_LISTEN", default_value = DEFAULT_HTTP_LISTEN)]
     pub http_listen: MaybeListen,
+
+    #[command(flatten)]
+    pub http: HttpSettings,
 
     #[command(flatten)]
     pub auth: AuthSettings,

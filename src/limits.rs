@@ -153,7 +153,7 @@ impl Method {
             class: match need {
                 Need::Nothing => Class::Free,
                 Need::Scope(Scope::Check) => Class::Check,
-                Need::Credential | Need::Scope(_) => Class::List,
+                Need::Open | Need::Credential | Need::Scope(_) => Class::List,
             },
             answer: *answer,
         }

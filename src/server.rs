@@ -4,11 +4,12 @@
 
 pub mod accept;
 pub mod connections;
-mod doors;
 pub mod io;
 mod readiness;
+mod rpc;
 pub mod slots;
 pub mod tls;
+mod web;
 
 use std::{
     future::Future,
@@ -88,6 +89,7 @@ pub struct Config {
     pub drain_max: Duration,
     pub bounds: Bounds,
     pub audit: audit::Limits,
+    pub http: http::Settings,
 }
 
 /// Why the service ended otherwise than by being told to.
@@ -176,12 +178,14 @@ pub async fn run(
         streams.clone(),
         stop.clone(),
     ));
+    let (known, is_known) = watch::channel(http::Health::default());
     let services = Services {
         permissions,
         admin,
         audit,
+        health: http::HealthReport::new(is_known, &config.http),
     };
-    let routes = doors::grpc_routes(&services, health_service)?;
+    let routes = rpc::grpc_routes(&services, health_service)?;
 
     // All are aborted when this function returns.
     let mut background = JoinSet::new();
@@ -203,7 +207,7 @@ pub async fn run(
         let (tls, connections) = (tls.clone(), config.connections.clone());
         Acceptor::new(listener, tls, connections, Arc::clone(&slots))
     };
-    let grpc = doors::serve_grpc(
+    let grpc = rpc::serve_grpc(
         routes,
         Arc::clone(&config.authenticator),
         Arc::clone(&limits),
@@ -212,15 +216,17 @@ pub async fn run(
         stop.clone().cancelled_owned(),
     );
     let http = listeners.http.map(|listener| {
-        doors::serve_http(
-            http::router(services, Arc::clone(&config.authenticator), limits),
+        let has_tls = config.http_tls.is_some() && matches!(listener, Listener::Tcp(_));
+        let authenticator = Arc::clone(&config.authenticator);
+        web::serve(
+            http::router(services, authenticator, limits, &config.http, has_tls),
             acceptor(listener, &config.http_tls),
             config.connections.clone(),
             stop.clone().cancelled_owned(),
         )
     });
     let mut server = AbortOnDropHandle::new(tokio::spawn(async {
-        tokio::try_join!(grpc, OptionFuture::from(http).map(Option::transpose))?;
+        tokio::try_join!(grpc, OptionFuture::from(http).map(Ok))?;
         Ok(())
     }));
     let watched = async {
@@ -228,7 +234,7 @@ pub async fn run(
         let ready = spawn_background(&config, &checker, &mut background);
         let serving = async {
             wait_until_ready(&config, &checker, ready).await;
-            watch_health(&checker, &health, on_ready).await
+            watch_health(&checker, &health, &known, on_ready).await
         };
         tokio::select! {
             never = serving => never,
@@ -242,6 +248,7 @@ pub async fn run(
     }
 
     report(&health, ServingStatus::NotServing).await;
+    known.send_modify(|known| known.serving = false);
     drain(&config, health, &stop, server).await?;
     streams.close();
     streams.wait().await;

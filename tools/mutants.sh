@@ -79,6 +79,11 @@ rm -rf "$tree"
 mkdir -p "$tree"
 snapshot=$(git stash create)
 git archive "${snapshot:-HEAD}" | tar -xmf - -C "$tree"
+# What `make examples` has installed is no part of it.
+for installed in examples/*/node_modules target/python; do
+    mkdir -p "$tree/$(dirname "$installed")"
+    ln -s "$root/$installed" "$tree/$installed"
+done
 
 bad=0
 known_good=''

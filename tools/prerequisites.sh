@@ -111,6 +111,11 @@ npm_client() {
     command -v npm >/dev/null || install npm 'brew install node' npm
 }
 
+# A Python that can make environments with pip in them, which Debian's cannot by itself.
+python_venv() {
+    python3 -c 'import ensurepip, venv' 2>/dev/null || install 'Python with venv' 'brew install python' python3 python3-venv
+}
+
 shellcheck_program() {
     command -v shellcheck >/dev/null || install shellcheck 'brew install shellcheck' shellcheck
 }
@@ -124,6 +129,7 @@ for thing; do
         postgresql) postgresql ;;
         psql) psql_client ;;
         npm) npm_client ;;
+        python) python_venv ;;
         shellcheck) shellcheck_program ;;
         *) die "$0 knows no \`$thing\`" ;;
     esac

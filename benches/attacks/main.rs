@@ -23,7 +23,7 @@ use hallpass::{
     auth::{self, Identity},
     limits::{Bounds, Class, Limits},
 };
-use tokio::{runtime::Runtime, task::JoinSet};
+use tokio::{runtime::Builder, task::JoinSet};
 
 use self::service::{Caller, Question, Result, Service};
 
@@ -93,7 +93,12 @@ fn main() -> Result<ExitCode> {
         // Before any thread or process begins: they inherit it.
         overload::leave_a_core_to_the_service()?;
     }
-    Runtime::new()?.block_on(run(overloads, &arguments))
+    // As the service's own: else the generator's connections starve one another.
+    let runtime = Builder::new_multi_thread()
+        .enable_all()
+        .global_queue_interval(1)
+        .build()?;
+    runtime.block_on(run(overloads, &arguments))
 }
 
 async fn run(overloads: bool, arguments: &[String]) -> Result<ExitCode> {

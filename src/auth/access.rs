@@ -3,16 +3,29 @@
 use axum::extract::MatchedPath;
 use http::{Method, Request};
 
-use super::Scope;
+use super::{Caller, Forbidden, Scope};
 
 /// What a call needs of its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
     /// Anybody may, without a credential: load balancers ask for health.
     Nothing,
+    /// Nothing, either; but it has limits as any call.
+    Open,
     /// Any credential that is valid.
     Credential,
     Scope(Scope),
+}
+
+impl Need {
+    /// # Errors
+    /// When the caller does not have what is needed.
+    pub fn opens_to(self, caller: &Caller) -> Result<(), Forbidden> {
+        match self {
+            Self::Nothing | Self::Open | Self::Credential => Ok(()),
+            Self::Scope(scope) => caller.may(scope),
+        }
+    }
 }
 
 /// What a call is answered with.
@@ -21,15 +34,20 @@ pub enum Answer {
     Message,
     /// As many messages as are wanted, until it is too old.
     Stream,
-    /// A stream that ends by itself when it is too old, and says where to go on.
+    /// A stream that ends by itself when it is too old, or its caller's [`Standing`](super::standing::Standing) is
+    /// lost, and says where to go on.
     EndingStream,
 }
+
+/// Marks a request that came over HTTP, where gRPC's paths are none.
+#[derive(Clone, Copy, Debug)]
+pub struct OverHttp;
 
 /// What a call is called, what it needs, and what it is answered with. Of gRPC, its path; of HTTP, its method and route.
 pub type Row = (&'static str, Need, Answer);
 
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [Row; 37] = [
+pub const ACCESS: [Row; 39] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
@@ -193,8 +211,10 @@ pub const ACCESS: [Row; 37] = [
         Answer::Message,
     ),
     ("GET /api/health", Need::Nothing, Answer::Message),
-    ("GET /openapi.json", Need::Nothing, Answer::Message),
-    ("GET /docs/", Need::Nothing, Answer::Message),
+    ("GET /openapi.json", Need::Open, Answer::Message),
+    ("GET /docs", Need::Open, Answer::Message),
+    ("GET /docs/", Need::Open, Answer::Message),
+    ("GET /docs/{asset}", Need::Open, Answer::Message),
 ];
 
 /// A call's row and its place; `None` for what nobody serves.
@@ -202,6 +222,9 @@ pub const ACCESS: [Row; 37] = [
 pub fn row<B>(request: &Request<B>) -> Option<(usize, &'static Row)> {
     let mut rows = ACCESS.iter().enumerate();
     let Some(route) = request.extensions().get::<MatchedPath>() else {
+        if request.extensions().get::<OverHttp>().is_some() {
+            return None;
+        }
         let path = request.uri().path();
         return rows.find(|(_, (name, ..))| *name == path);
     };

@@ -9,6 +9,7 @@ pub mod api_key;
 pub mod certificates;
 pub mod grants;
 pub mod keys;
+pub mod standing;
 pub mod tokens;
 
 use std::{
@@ -338,6 +339,12 @@ impl Authenticator {
         }
     }
 
+    /// Whether nobody has to say who it is.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.is_open
+    }
+
     /// Accepts these API keys too.
     #[must_use]
     pub fn with_keys(self, keys: ApiKeys) -> Self {
@@ -377,7 +384,16 @@ impl Authenticator {
     /// Finds out who calls.
     #[must_use]
     pub fn authenticate(&self, headers: &HeaderMap, peer: &Peer) -> Authentication {
-        let credential = match bearer(headers) {
+        self.authenticate_by(bearer(headers), peer)
+    }
+
+    /// As [`Authenticator::authenticate`], by what [`bearer`] has found.
+    fn authenticate_by(
+        &self,
+        credential: Result<Option<&str>, AuthError>,
+        peer: &Peer,
+    ) -> Authentication {
+        let credential = match credential {
             _ if self.is_open => return Authentication::Known(Ok(Caller::anyone())),
             Err(error) => return Authentication::Known(Err(error)),
             Ok(credential) => credential,
@@ -402,7 +418,10 @@ impl Authenticator {
 }
 
 /// The credential that a request carries. More than one is malformed: which one counts must not be guessed.
-fn bearer(headers: &HeaderMap) -> Result<Option<&str>, AuthError> {
+///
+/// # Errors
+/// When it is malformed.
+pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, AuthError> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let Some(value) = values.next() else {
         return Ok(None);

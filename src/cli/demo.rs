@@ -66,7 +66,18 @@ impl Demo {
             ListenAddress::Tcp(address) => format!("http://{address}"),
             ListenAddress::Unix(path) => format!("unix:{}", path.display()),
         };
-        let guide = guide(&endpoint, &database, &sample);
+        let web = match &entrance.listeners.http {
+            Some(Listener::Tcp(listener)) => {
+                let scheme = if entrance.tls.is_some() {
+                    "https"
+                } else {
+                    "http"
+                };
+                Some(format!("{scheme}://{}", listener.local_addr()?))
+            }
+            Some(Listener::Unix(_)) | None => None,
+        };
+        let guide = guide(&endpoint, web.as_deref(), &database, &sample);
         serve(
             database,
             OtherLogins::default(),
@@ -134,7 +145,7 @@ async fn load(database: &Database) -> anyhow::Result<Sample> {
     Ok(sample)
 }
 
-fn guide(endpoint: &str, database: &Database, sample: &Sample) -> String {
+fn guide(endpoint: &str, web: Option<&str>, database: &Database, sample: &Sample) -> String {
     let program = std::env::args()
         .next()
         .unwrap_or_else(|| "hallpass".to_owned());
@@ -149,15 +160,28 @@ fn guide(endpoint: &str, database: &Database, sample: &Sample) -> String {
         board_member,
         volunteer,
     } = sample;
-    let ask = if endpoint == format!("http://{DEFAULT_GRPC_LISTEN}") {
-        format!("{program} check")
+    let at = if endpoint == format!("http://{DEFAULT_GRPC_LISTEN}") {
+        String::new()
     } else {
-        format!("{program} check --endpoint {endpoint}")
+        format!(" --endpoint {endpoint}")
+    };
+    let ask = format!("{program} check{at}");
+    let (pages, over_http) = match web {
+        None => (String::new(), String::new()),
+        Some(web) => (
+            format!("\nHTTP at {web}, described at {web}/docs/"),
+            format!(
+                "
+5. Ask over HTTP:
+curl -s {web}/v1/check --json '{{\"organization_id\": \"{organization}\", \"user_id\": \"{volunteer}\", \"permission\": \"{SAMPLE_PERMISSION}\"}}'
+"
+            ),
+        ),
     };
     format!(
         "
 hallpass serves a made-up district: {ORGANIZATIONS} schools, {members} members
-gRPC at {endpoint}
+gRPC at {endpoint}{pages}
 
 Paste into another terminal:
 
@@ -171,6 +195,9 @@ Paste into another terminal:
 {psql} -c \"UPDATE profiles SET role = 'board_member' WHERE org_id = '{organization}' AND user_id = '{volunteer}'\"
 {ask} {organization} {volunteer} {SAMPLE_PERMISSION}
 
+4. See who has changed the volunteer's role, and who does from now on:
+{program} audit tail{at} --affected-user {volunteer} --from-earliest
+{over_http}
 Ctrl-C stops it; the data stays.",
         members = ORGANIZATIONS * MEMBERS_AN_ORGANIZATION
     )

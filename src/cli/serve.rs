@@ -22,6 +22,7 @@ use crate::{
         ConnectionSettings, DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress,
         MAINTENANCE_INTERVAL, Secret, ServeSettings, TLS_RELOAD_INTERVAL, TlsSettings,
     },
+    http,
     limits::Bounds,
     selfcheck::SAMPLE_EVERY,
     server::{
@@ -164,6 +165,10 @@ pub(super) async fn serve(
             ..audit::Limits::default()
         },
         bounds,
+        http: http::Settings {
+            environment: settings.http.environment.clone(),
+            cors_origins: settings.http.cors_origins.clone(),
+        },
     };
     let served = tokio::select! {
         served = server::run(config, entrance.listeners, on_ready, interrupted) => served.map_err(Into::into),

@@ -30,6 +30,22 @@ pub struct AdminService {
     limits: Arc<Limits>,
 }
 
+/// One user's permission by name.
+pub struct UserOverride {
+    pub user_id: String,
+    pub permission: String,
+    /// Else it is taken back.
+    pub granted: bool,
+}
+
+/// What several users have by name, changed at once: all of it, or nothing.
+pub struct UserOverrides {
+    pub organization_id: String,
+    pub overrides: Vec<UserOverride>,
+    pub actor: Option<v1::Actor>,
+    pub validate_only: bool,
+}
+
 impl AdminService {
     #[must_use]
     pub fn new(store: Arc<Store>, changes: Option<Arc<Connections>>, limits: Arc<Limits>) -> Self {
@@ -38,6 +54,22 @@ impl AdminService {
             changes,
             limits,
         }
+    }
+
+    /// Grants and revokes by name. HTTP alone has it: there it is one call of the pages that it is for.
+    ///
+    /// # Errors
+    /// As those of a bulk change.
+    pub async fn set_user_overrides(
+        &self,
+        request: Request<UserOverrides>,
+    ) -> Result<Option<v1::ChangeOutcome>, Status> {
+        let (caller, origin, request) = self.open(request)?;
+        let mut fields = Fields::new(&caller);
+        let steps = fields.user_overrides(&request.organization_id, request.overrides);
+        let change = fields.change(steps, request.actor, &origin)?;
+        self.make(change, ChangeKind::Bulk, request.validate_only)
+            .await
     }
 
     /// Who asks, in which request, and what.

@@ -104,6 +104,7 @@ impl v1::audit_service_server::AuditService for AuditService {
         request: Request<v1::StreamAuditEntriesRequest>,
     ) -> Result<Response<Self::StreamAuditEntriesStream>, Status> {
         let caller = parse::caller(&request)?;
+        let standing = parse::standing(&request)?;
         let request = request.into_inner();
         let mut fields = Fields::new(&caller);
         let start = fields.audit_start(request.start);
@@ -120,12 +121,19 @@ impl v1::audit_service_server::AuditService for AuditService {
         let (age_max, stop) = (self.limits.age_max, self.stop.clone());
         self.tasks.spawn(async move {
             let over = tokio::select! {
-                end = stream.run() => end,
-                () = stop.cancelled() => StreamEnd::Over,
-                () = age(age_max) => StreamEnd::Over,
+                end = standing.guard(stream.run()) => end,
+                () = stop.cancelled() => Ok(StreamEnd::Over),
+                () = age(age_max) => Ok(StreamEnd::Over),
+            };
+            let end = match over {
+                Ok(end) => status::stream_end(&end, stream.cursor),
+                Err(lost) => {
+                    tracing::info!(caller = %caller.identity, reason = %lost, "an audit stream ends");
+                    status::stream_lost_standing(lost, stream.cursor)
+                }
             };
             // A caller who has gone needs no cursor.
-            let _gone = ended.send(status::stream_end(&over, stream.cursor));
+            let _gone = ended.send(end);
         });
         let events = ReceiverStream::new(waiting).map(|event| Ok(event_message(event)));
         let end = stream::once(async move {

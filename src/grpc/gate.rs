@@ -1,5 +1,5 @@
 //! The gate that every call comes through: what it needs, who calls, whether that fits. Handlers find the caller in the
-//! request's extensions.
+//! request's extensions, and those whose calls last its [`Standing`].
 //!
 //! Invariant: a call reaches no handler without a caller, and no handler that its caller's scopes do not open.
 
@@ -17,7 +17,8 @@ use super::{limit, status};
 use crate::{
     auth::{
         AuthError, Authentication, Authenticator, Caller, Peer,
-        access::{self, Need},
+        access::{self, Answer, Need},
+        standing::Standing,
         tokens::Unverified,
     },
     limits::{Limits, Refusal},
@@ -71,10 +72,10 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let refuse = |status: Status| Either::Right(Either::Left(ready(Ok(status.into_http()))));
-        let need = match access::row(&request).map(|(_, (_, need, _))| *need) {
+        let row = match access::row(&request).map(|(_, (_, need, answer))| (*need, *answer)) {
             None => return refuse(status::no_such_method()),
-            Some(Need::Nothing) => return Either::Left(self.inner.call(request)),
-            Some(need) => need,
+            Some((Need::Nothing | Need::Open, _)) => return Either::Left(self.inner.call(request)),
+            Some(row) => row,
         };
         let nobody = Peer::default();
         let peer = request.extensions().get::<Peer>().unwrap_or(&nobody);
@@ -91,12 +92,9 @@ where
             Authentication::Known(caller) => {
                 match caller
                     .map_err(|error| self.unauthenticated(error, &request))
-                    .and_then(|caller| admit(caller, need))
+                    .and_then(|caller| admit(caller, row, &self.authenticator, &mut request))
                 {
-                    Ok(caller) => {
-                        request.extensions_mut().insert(caller);
-                        Either::Left(self.inner.call(request))
-                    }
+                    Ok(()) => Either::Left(self.inner.call(request)),
                     Err(status) => refuse(status),
                 }
             }
@@ -104,13 +102,12 @@ where
                 // The service that was said to be ready is the one to call.
                 let ready = self.inner.clone();
                 let mut inner = std::mem::replace(&mut self.inner, ready);
+                let authenticator = Arc::clone(&self.authenticator);
                 let answer = async move {
                     let caller = caller.await.map_err(status::unauthenticated);
-                    match caller.and_then(|caller| admit(caller, need)) {
-                        Ok(caller) => {
-                            request.extensions_mut().insert(caller);
-                            inner.call(request).await
-                        }
+                    match caller.and_then(|caller| admit(caller, row, &authenticator, &mut request))
+                    {
+                        Ok(()) => inner.call(request).await,
                         Err(status) => Ok(status.into_http()),
                     }
                 };
@@ -151,12 +148,21 @@ impl<S> Gate<S> {
     }
 }
 
-fn admit(caller: Arc<Caller>, need: Need) -> Result<Arc<Caller>, Status> {
-    match need {
-        Need::Nothing | Need::Credential => Ok(caller),
-        Need::Scope(scope) => match caller.may(scope) {
-            Ok(()) => Ok(caller),
-            Err(forbidden) => Err(status::forbidden(forbidden)),
-        },
+/// Says in the request who calls, if that fits what its row of the table needs.
+fn admit<B>(
+    caller: Arc<Caller>,
+    (need, answer): (Need, Answer),
+    authenticator: &Arc<Authenticator>,
+    request: &mut Request<B>,
+) -> Result<(), Status> {
+    need.opens_to(&caller).map_err(status::forbidden)?;
+    if answer == Answer::EndingStream {
+        let (authenticator, caller) = (Arc::clone(authenticator), Arc::clone(&caller));
+        let peer = request.extensions().get::<Peer>().cloned();
+        let peer = peer.unwrap_or_default();
+        let standing = Standing::new(authenticator, request.headers(), peer, need, caller);
+        request.extensions_mut().insert(standing);
     }
+    request.extensions_mut().insert(caller);
+    Ok(())
 }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::{status, v1};
 use crate::{
-    auth::{Caller, Forbidden},
+    auth::{Caller, Forbidden, standing::Standing},
     check::Freshness,
     model::{OrganizationId, Position, Subject, UserId},
     store::lists::PageBounds,
@@ -40,6 +40,12 @@ const PAGE_SIZE_MAX: u16 = 1_000;
 pub(super) fn caller<T>(request: &Request<T>) -> Result<Arc<Caller>, Status> {
     let caller = request.extensions().get::<Arc<Caller>>();
     caller.cloned().ok_or_else(status::no_caller)
+}
+
+/// Whether who sent a request may go on with it: put there by the gate, too.
+pub(super) fn standing<T>(request: &Request<T>) -> Result<Standing, Status> {
+    let standing = request.extensions().get::<Standing>();
+    standing.cloned().ok_or_else(status::no_caller)
 }
 
 /// The fields of one request (or of one item of a batch) as they are read.

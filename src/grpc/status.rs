@@ -9,7 +9,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt, pb};
 use super::permission_service::BATCH_ITEMS_MAX;
 use crate::{
     audit::stream::StreamEnd,
-    auth::{AuthError, Forbidden},
+    auth::{AuthError, Forbidden, standing::Lost},
     check::CheckError,
     limits::{Limit, Refusal},
     loader::LoadError,
@@ -26,7 +26,8 @@ const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
 const RETRY_OVERLOADED: Duration = Duration::from_millis(100);
 
 /// The request is malformed; names every field that is.
-pub(super) fn invalid(violations: Vec<FieldViolation>) -> Status {
+#[must_use]
+pub fn invalid(violations: Vec<FieldViolation>) -> Status {
     let message = violations
         .iter()
         .map(|violation| format!("{}: {}", violation.field, violation.description))
@@ -51,7 +52,7 @@ pub fn of_http(reason: &str, message: &str) -> Status {
 }
 
 /// A batch of so many items, refused before any is looked at.
-pub(super) fn too_many_items(found: usize) -> Status {
+pub fn too_many_items(found: usize) -> Status {
     let description = format!("must be 1 to {BATCH_ITEMS_MAX} items, not {found}");
     invalid(vec![FieldViolation::new("items", description)])
 }
@@ -73,6 +74,10 @@ pub(super) fn no_caller() -> Status {
 
 /// Who calls is not known, and has to be.
 pub(super) fn unauthenticated(error: AuthError) -> Status {
+    unauthenticated_with(error, HashMap::new())
+}
+
+fn unauthenticated_with(error: AuthError, metadata: HashMap<String, String>) -> Status {
     let (code, reason) = match error {
         AuthError::Missing => (Code::Unauthenticated, "CREDENTIAL_MISSING"),
         AuthError::Invalid => (Code::Unauthenticated, "CREDENTIAL_INVALID"),
@@ -80,7 +85,7 @@ pub(super) fn unauthenticated(error: AuthError) -> Status {
         AuthError::Revoked => (Code::Unauthenticated, "CREDENTIAL_REVOKED"),
         AuthError::Unavailable => (Code::Unavailable, "CREDENTIALS_UNAVAILABLE"),
     };
-    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
     if error == AuthError::Unavailable {
         details.set_retry_info(Some(RETRY_UNAVAILABLE));
     }
@@ -89,13 +94,17 @@ pub(super) fn unauthenticated(error: AuthError) -> Status {
 
 /// Who calls is known, and may not ask this.
 pub(super) fn forbidden(forbidden: Forbidden) -> Status {
+    forbidden_with(forbidden, HashMap::new())
+}
+
+fn forbidden_with(forbidden: Forbidden, metadata: HashMap<String, String>) -> Status {
     let reason = match forbidden {
         Forbidden::Scope(_) => "SCOPE_MISSING",
         Forbidden::Organization => "ORGANIZATION_NOT_ALLOWED",
         Forbidden::User => "USER_NOT_ALLOWED",
         Forbidden::AllOrganizations => "ORGANIZATION_NOT_ALLOWED",
     };
-    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
     Status::with_error_details(Code::PermissionDenied, forbidden.to_string(), details)
 }
 
@@ -188,12 +197,25 @@ pub(super) fn stream_end(end: &StreamEnd, cursor: Cursor) -> Status {
         StreamEnd::DatabaseAway => (Code::Unavailable, "DATABASE_UNAVAILABLE"),
         StreamEnd::Over => (Code::Unavailable, "STREAM_ENDED"),
     };
-    let cursor = HashMap::from([("cursor".to_owned(), cursor.to_string())]);
-    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, cursor);
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata(cursor));
     if code != Code::DataLoss {
         details.set_retry_info(Some(RETRY_UNAVAILABLE));
     }
     Status::with_error_details(code, end.to_string(), details)
+}
+
+/// A stream of audit entries ends as a call with its credential would be answered; `cursor` is where to go on.
+pub(super) fn stream_lost_standing(lost: Lost, cursor: Cursor) -> Status {
+    match lost {
+        Lost::Credential(error) => unauthenticated_with(error, metadata(cursor)),
+        Lost::Forbidden(forbidden) => forbidden_with(forbidden, metadata(cursor)),
+        // A new stream is of what it is for now, or hears that it is not for this.
+        Lost::Changed => stream_end(&StreamEnd::Over, cursor),
+    }
+}
+
+fn metadata(cursor: Cursor) -> HashMap<String, String> {
+    HashMap::from([("cursor".to_owned(), cursor.to_string())])
 }
 
 /// A stream of audit entries whose task has ended without a word: a defect.
@@ -217,7 +239,7 @@ impl From<StoreError> for Status {
 }
 
 /// A defect.
-pub(super) fn internal() -> Status {
+pub fn internal() -> Status {
     Status::internal("the server has failed")
 }
 
@@ -261,7 +283,7 @@ impl From<AdminError> for Status {
 }
 
 /// A status as a message, for an item of a batch.
-pub(super) fn to_message(status: &Status) -> pb::Status {
+pub fn to_message(status: &Status) -> pb::Status {
     // Details, where there are any, are a whole google.rpc.Status.
     let details = pb::Status::decode(status.details()).map(|whole| whole.details);
     pb::Status {

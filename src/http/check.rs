@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 use super::{
     Services,
     call::{Call, Json, answer},
-    common::{Consistency, Evidence, Reason},
+    evidence::{Consistency, Evidence, Reason},
     failure::Failure,
 };
 use crate::grpc::v1::{self, permission_service_server::PermissionService};

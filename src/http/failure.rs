@@ -20,7 +20,10 @@ use tonic_types::StatusExt;
 use utoipa::ToSchema;
 
 use super::headers;
-use crate::{auth::access, grpc::status};
+use crate::{
+    auth::{access, bearer},
+    grpc::status,
+};
 
 /// A call that failed.
 pub(super) struct Failure {
@@ -39,6 +42,14 @@ impl Failure {
     pub(super) fn of_http(http: StatusCode, reason: &str, message: &str) -> Self {
         Self {
             status: status::of_http(reason, message),
+            http: Some(http),
+        }
+    }
+
+    /// A failure for which HTTP has a status that fits better than its code's.
+    pub(super) fn with_http(status: Status, http: StatusCode) -> Self {
+        Self {
+            status,
             http: Some(http),
         }
     }
@@ -93,17 +104,22 @@ pub(super) struct FieldError {
 /// Writes a failure as JSON.
 pub(super) async fn as_json(request: Request, next: Next) -> Response {
     let request_id = headers::request_id(request.headers()).to_owned();
-    let allowed = request.extensions().get::<MatchedPath>().map(|route| {
-        let methods: Vec<&str> = access::methods_of(route.as_str()).collect();
-        methods.join(", ")
-    });
+    let is_malformed = !matches!(bearer(request.headers()), Ok(Some(token)) if !token.is_empty());
+    let route = request.extensions().get::<MatchedPath>().cloned();
     let response = next.run(request).await;
     let Some(failed) = Status::from_header_map(response.headers()) else {
         return response;
     };
     let more_precise = response.extensions().get::<StatusCode>().copied();
-    let reason = status::reason(&failed);
+    let (reason, fields) = said(&failed);
     let no_such_method = reason == "METHOD_UNKNOWN";
+    let allowed = route.filter(|_| no_such_method).map(|route| {
+        let methods = access::methods_of(route.as_str()).map(|method| match method {
+            "GET" => "GET, HEAD",
+            other => other,
+        });
+        methods.collect::<Vec<_>>().join(", ")
+    });
     let (http, code, message) = match (&*reason, &allowed) {
         ("METHOD_UNKNOWN", Some(allowed)) => (
             StatusCode::METHOD_NOT_ALLOWED,
@@ -116,38 +132,25 @@ pub(super) async fn as_json(request: Request, next: Next) -> Response {
             "no such path: see /openapi.json".to_owned(),
         ),
         // What PTO Connect's clients look for.
-        ("CREDENTIAL_MISSING", _) => (
+        ("CREDENTIAL_MISSING" | "CREDENTIAL_INVALID", _) if is_malformed => (
             StatusCode::UNAUTHORIZED,
-            reason.clone(),
+            reason,
             "Missing or malformed auth token".to_owned(),
         ),
         _ => (
             more_precise.unwrap_or_else(|| http_status(failed.code())),
-            if reason.is_empty() {
-                code_name(failed.code())
-            } else {
-                reason.clone()
-            },
+            code(&failed),
             failed.message().to_owned(),
         ),
     };
-    let details = failed.get_error_details();
-    let fields = details.bad_request().map(|bad| {
-        let fields = bad.field_violations.iter();
-        fields
-            .map(|violation| FieldError {
-                field: violation.field.clone(),
-                error: violation.description.clone(),
-            })
-            .collect()
-    });
     let body = ErrorBody {
         error: message,
         code,
         request_id,
-        fields: fields.unwrap_or_default(),
+        fields,
     };
     let mut answer = (http, axum::Json(body)).into_response();
+    let details = failed.get_error_details();
     let retry = details.retry_info().and_then(|retry| retry.retry_delay);
     let headers = answer.headers_mut();
     if let Some(retry) = retry {
@@ -156,12 +159,30 @@ pub(super) async fn as_json(request: Request, next: Next) -> Response {
     if http == StatusCode::UNAUTHORIZED {
         headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
-    if let Some(allowed) = allowed.filter(|_| no_such_method)
+    if let Some(allowed) = allowed
         && let Ok(allowed) = HeaderValue::from_str(&allowed)
     {
         headers.insert(ALLOW, allowed);
     }
     answer
+}
+
+/// What a status says to programs: its code, and the fields that are wrong.
+pub(super) fn said(failed: &Status) -> (String, Vec<FieldError>) {
+    let details = failed.get_error_details();
+    let code = match details.error_info() {
+        Some(info) if !info.reason.is_empty() => info.reason.clone(),
+        _ => code_name(failed.code()),
+    };
+    let violations = details.bad_request().map(|bad| &bad.field_violations);
+    let fields = violations
+        .into_iter()
+        .flatten()
+        .map(|violation| FieldError {
+            field: violation.field.clone(),
+            error: violation.description.clone(),
+        });
+    (code, fields.collect())
 }
 
 /// Whole seconds, rounded up: HTTP knows no others.
@@ -191,6 +212,16 @@ fn http_status(code: Code) -> StatusCode {
     }
 }
 
+/// What programs know a failure by.
+pub(super) fn code(failed: &Status) -> String {
+    let reason = status::reason(failed);
+    if reason.is_empty() {
+        code_name(failed.code())
+    } else {
+        reason
+    }
+}
+
 /// `InvalidArgument` as `INVALID_ARGUMENT`.
 fn code_name(code: Code) -> String {
     let mut name = String::new();
@@ -202,4 +233,37 @@ fn code_name(code: Code) -> String {
         let _ = write!(name, "{}", letter.to_ascii_uppercase());
     }
     name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_code_has_one_status() {
+        let table = [
+            (Code::Ok, 200, "OK"),
+            (Code::Cancelled, 499, "CANCELLED"),
+            (Code::Unknown, 500, "UNKNOWN"),
+            (Code::InvalidArgument, 400, "INVALID_ARGUMENT"),
+            (Code::DeadlineExceeded, 504, "DEADLINE_EXCEEDED"),
+            (Code::NotFound, 404, "NOT_FOUND"),
+            (Code::AlreadyExists, 409, "ALREADY_EXISTS"),
+            (Code::PermissionDenied, 403, "PERMISSION_DENIED"),
+            (Code::ResourceExhausted, 429, "RESOURCE_EXHAUSTED"),
+            (Code::FailedPrecondition, 400, "FAILED_PRECONDITION"),
+            (Code::Aborted, 409, "ABORTED"),
+            (Code::OutOfRange, 400, "OUT_OF_RANGE"),
+            (Code::Unimplemented, 501, "UNIMPLEMENTED"),
+            (Code::Internal, 500, "INTERNAL"),
+            (Code::Unavailable, 503, "UNAVAILABLE"),
+            (Code::DataLoss, 500, "DATA_LOSS"),
+            (Code::Unauthenticated, 401, "UNAUTHENTICATED"),
+        ];
+        for (number, (code, http, name)) in table.into_iter().enumerate() {
+            assert_eq!(code as usize, number);
+            assert_eq!(http_status(code).as_u16(), http, "{code:?}");
+            assert_eq!(code_name(code), name);
+        }
+    }
 }

@@ -4,19 +4,30 @@
 //! Invariants: nothing is decided here, so that both doors say the same; a call comes through the same gate and limits; every
 //! answer names its request, and every error is `{"error", "code", "request_id"}`.
 
+mod audit;
+mod batch;
 mod call;
 mod check;
-mod common;
+mod docs;
+mod evidence;
 mod failure;
 mod headers;
+mod health;
+mod lists;
 mod openapi;
+mod organization_permissions;
+mod packed;
 
 use std::sync::Arc;
 
-use axum::{Router, middleware};
+use axum::{Router, extract::DefaultBodyLimit, http::HeaderValue, middleware};
 use tower::ServiceBuilder;
-use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_axum::{
+    router::{OpenApiRouter, UtoipaMethodRouterExt},
+    routes,
+};
 
+pub use self::health::{Dependency, Health, HealthReport};
 use crate::{
     auth::Authenticator,
     grpc::{
@@ -29,37 +40,72 @@ use crate::{
     limits::Limits,
 };
 
+/// Of a request but a batch: a setting that names 10,000 users by ids of 36 bytes, with room.
+const BODY_BYTES_MAX: usize = 512 << 10;
+
+/// As many items of a batch, of the same length, as gRPC takes, and 52 bytes for each that JSON spends on the names of its
+/// fields.
+const BATCH_BODY_BYTES_MAX: usize = 2 << 20;
+
+/// What is HTTP's alone.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What health says of where the service runs.
+    pub environment: String,
+    /// Whose pages may call from a browser: origins as browsers send them; none: nobody's.
+    pub cors_origins: Vec<HeaderValue>,
+}
+
 /// What answers, the same as over gRPC.
 #[derive(Clone)]
 pub struct Services {
     pub permissions: Arc<PermissionService>,
     pub admin: Arc<AdminService>,
     pub audit: Arc<AuditService>,
+    pub health: HealthReport,
 }
 
-/// Everything that is served over HTTP.
+/// Everything that is served over HTTP. With TLS, browsers are told never to come without it.
 pub fn router(
     services: Services,
     authenticator: Arc<Authenticator>,
     limits: Arc<Limits>,
+    settings: &Settings,
+    has_tls: bool,
 ) -> Router {
+    let is_open = authenticator.is_open();
+    let batch_body = DefaultBodyLimit::max(BATCH_BODY_BYTES_MAX);
     let (routes, description) = OpenApiRouter::with_openapi(openapi::description())
+        .routes(routes!(health::health))
         .routes(routes!(check::check))
+        .routes(routes!(batch::batch_check).layer(batch_body))
+        .routes(routes!(lists::user_permissions))
+        .routes(routes!(lists::summary))
+        .merge(organization_permissions::routes())
+        .routes(routes!(audit::list))
+        .routes(routes!(audit::stream))
         .split_for_parts();
     routes
-        .merge(openapi::routes(description))
+        .merge(openapi::routes(&description))
+        .merge(docs::routes())
         .fallback(failure::no_such_path)
         .with_state(services)
         // From outside: what every answer has, and what every call comes through.
         .layer(
             ServiceBuilder::new()
                 .layer(middleware::from_fn(headers::with_request_id))
-                .map_response(headers::secured)
+                .map_response(move |response| headers::secured(response, has_tls))
+                .option_layer(headers::cors(&settings.cors_origins))
                 .layer(middleware::from_fn(failure::as_json))
+                .layer(middleware::from_fn(move |request, next| {
+                    headers::asked_for_here(is_open, request, next)
+                }))
                 .layer(DoorLayer(Arc::clone(&limits)))
                 .layer(DeadlineLayer(Arc::clone(&limits)))
                 .layer(GateLayer(authenticator, Arc::clone(&limits)))
                 .layer(CallerLayer(limits))
-                .map_response(headers::of_tonic),
+                .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+                .map_response(headers::of_tonic)
+                .layer(middleware::from_fn(packed::answers)),
         )
 }

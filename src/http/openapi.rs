@@ -1,12 +1,30 @@
-//! The description of everything that is served over HTTP, and a page that shows it.
+//! The description of everything that is served over HTTP, at `/openapi.json`.
+//!
+//! Invariant: it is made of the same rows as the routes, so neither has what the other has not.
 
-use axum::{Json, Router, routing::get};
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    body::Bytes,
+    http::{
+        HeaderMap,
+        header::{CONTENT_ENCODING, CONTENT_TYPE, VARY},
+    },
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use flate2::Compression;
 use utoipa::{
     Modify, OpenApi, ToResponse,
     openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
 };
 
-use super::{Services, failure::ErrorBody};
+use super::{
+    Services,
+    failure::{ErrorBody, FieldError},
+    packed::{pack, takes_packed},
+};
 
 /// The request is wrong, or this caller may not make it, or not now. `error` says what to do.
 #[derive(ToResponse)]
@@ -24,7 +42,7 @@ pub(super) struct Failed(#[expect(dead_code, reason = "its schema is what counts
         title = "hallpass",
         description = "Permission checks served from your own PostgreSQL tables."
     ),
-    components(responses(Refused, Failed)),
+    components(responses(Refused, Failed), schemas(ErrorBody, FieldError)),
     security(("credential" = [])),
     modifiers(&Credential)
 )]
@@ -47,6 +65,39 @@ pub(super) fn description() -> utoipa::openapi::OpenApi {
     Description::openapi()
 }
 
-pub(super) fn routes(description: utoipa::openapi::OpenApi) -> Router<Services> {
-    Router::new().route("/openapi.json", get(async || Json(description)))
+pub(super) fn routes(description: &utoipa::openapi::OpenApi) -> Router<Services> {
+    let written = Arc::new(Written::new(description));
+    let answer = async move |headers: HeaderMap| written.answer(&headers);
+    Router::new().route("/openapi.json", get(answer))
+}
+
+/// The description as it is sent. Written out and packed once, for whoever asks needs no credential.
+struct Written {
+    plain: Bytes,
+    packed: Option<Bytes>,
+}
+
+impl Written {
+    fn new(description: &utoipa::openapi::OpenApi) -> Self {
+        // Into memory nothing fails, and every field of it is JSON.
+        let plain = description.to_json().unwrap_or_default();
+        let packed = pack(plain.as_bytes(), Compression::best()).ok();
+        Self {
+            plain: plain.into(),
+            packed: packed.map(Into::into),
+        }
+    }
+
+    fn answer(&self, headers: &HeaderMap) -> Response {
+        let json = [
+            (CONTENT_TYPE, "application/json"),
+            (VARY, "accept-encoding"),
+        ];
+        match &self.packed {
+            Some(packed) if takes_packed(headers) => {
+                (json, [(CONTENT_ENCODING, "gzip")], packed.clone()).into_response()
+            }
+            _ => (json, self.plain.clone()).into_response(),
+        }
+    }
 }

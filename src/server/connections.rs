@@ -17,6 +17,31 @@ const HANDSHAKES_MAX: usize = 500;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Without a whole request on a connection of HTTP/1.1, be it idle or amid headers. Longer than balancers keep theirs
+/// idle, a minute mostly: whoever sends ends a connection, or a request meets its end.
+const IDLE_MAX: Duration = Duration::from_secs(75);
+
+/// Calls at once on one connection: as many as a busy client's pool has in flight, few enough to bound their buffers.
+pub(super) const STREAMS_A_CONNECTION_MAX: u32 = 1_000;
+
+/// A token of 8 kB with room for what else a call carries. Past it a call is refused, past four times it the connection
+/// ends; so it does after 5 CONTINUATION frames, a number that h2 derives from this one.
+pub(super) const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
+
+/// What a connection may have sent and the service not have read: a request of 10,000 items comes in two round trips.
+pub(super) const WINDOW_BYTES: u32 = 1 << 20;
+
+/// The least that HTTP/2 allows. Greater frames would make short calls wait behind long ones.
+pub(super) const FRAME_BYTES_MAX: u32 = 16 << 10;
+
+/// Calls that are taken back before they are looked at, on one connection at once (rapid reset). A client that gives up
+/// a whole burst of calls at a time comes nowhere near, for they are looked at as they come.
+pub(super) const UNSEEN_RESETS_MAX: usize = 20;
+
+/// Calls of one connection in its life that break the protocol and are reset for it. An honest client has none. Unless
+/// tonic is told a number it lifts hyper's bound (RUSTSEC-2024-0003).
+pub(super) const ERROR_RESETS_MAX: usize = 1_000;
+
 /// What connections may take; of all listeners together, where it is a number of them.
 #[derive(Clone, Debug)]
 pub struct Connections {
@@ -35,6 +60,8 @@ pub struct Connections {
     pub keepalive_interval: Duration,
     /// For its answer, and for the network to take what is sent to it.
     pub keepalive_timeout: Duration,
+    /// With HTTP/1.1, from an answer to the last byte of the next request's headers.
+    pub idle_max: Duration,
 }
 
 impl Connections {
@@ -54,6 +81,7 @@ impl Connections {
             handshakes_max: HANDSHAKES_MAX,
             keepalive_interval: KEEPALIVE_INTERVAL,
             keepalive_timeout: KEEPALIVE_TIMEOUT,
+            idle_max: IDLE_MAX,
         }
     }
 }

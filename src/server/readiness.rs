@@ -12,6 +12,7 @@ use super::{Config, ServeError, report};
 use crate::{
     auth::keys::ApiKeys,
     check::Checker,
+    http::{Dependency, Health},
     model::BootTime,
     store::{
         DatabaseUrl, DedicatedConnection, Store, StoreError,
@@ -133,12 +134,15 @@ fn say_once(said: &mut String, now: String) {
 pub(super) async fn watch_health(
     checker: &Checker,
     health: &HealthReporter,
+    known: &watch::Sender<Health>,
     on_ready: impl FnOnce(),
 ) -> Result<std::convert::Infallible, ServeError> {
     let mut serving = false;
     let mut on_ready = Some(on_ready);
     loop {
-        let now = can_answer(checker).await;
+        let found = look(checker).await;
+        known.send_replace(found);
+        let now = found.serving;
         if now != serving {
             serving = now;
             let status = if now {
@@ -156,17 +160,24 @@ pub(super) async fn watch_health(
     }
 }
 
-/// From the cache, or else from the database; never while changes may go unrecorded.
-async fn can_answer(checker: &Checker) -> bool {
-    if !checker.progress.log_is_believed() {
-        return false;
-    }
+/// Answers come from the cache, or else from the database; never while changes may go unrecorded.
+async fn look(checker: &Checker) -> Health {
+    let log = checker.progress.log_is_believed();
     let staleness = checker
         .progress
         .lease()
         .map(|lease| BootTime::now().since(lease.sent_at));
-    if staleness.is_some_and(|staleness| staleness <= checker.staleness_bound) {
-        return true;
+    let cache = staleness.is_some_and(|staleness| staleness <= checker.staleness_bound);
+    // Who has told of the log just now is there.
+    let database = match (cache, log) {
+        (true, _) => Dependency::Up,
+        (false, true) => checker.store.ping().await.is_ok().into(),
+        (false, false) => Dependency::Unknown,
+    };
+    Health {
+        serving: log && database == Dependency::Up,
+        database,
+        log: log.into(),
+        cache: cache.into(),
     }
-    checker.store.ping().await.is_ok()
 }

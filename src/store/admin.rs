@@ -201,8 +201,13 @@ impl From<tokio_postgres::Error> for AdminError {
             Some("HPC01") => Self::UpdatedMeanwhile(message()),
             Some("HPF01") => Self::NotPossible(message()),
             Some("23505" | "40001" | "40P01") => Self::Conflict,
-            // Class 23: what constraints say; P0001: what a trigger raises. Their words are not for whoever calls.
-            Some(code) if code.starts_with("23") || code == SqlState::RAISE_EXCEPTION.code() => {
+            // Classes 22 and 23: what types and constraints say; 42: what a trigger names that is not there; P0001: what one
+            // raises. Their words are not for whoever calls.
+            Some(code)
+                if ["22", "23", "42"].contains(&code.get(..2).unwrap_or_default())
+                    || code == SqlState::RAISE_EXCEPTION.code() =>
+            {
+                tracing::warn!(%error, "the application's tables do not take a change");
                 Self::NotPossible("the application's tables do not take this".to_owned())
             }
             _ => Self::Store(error.into()),
@@ -352,11 +357,12 @@ async fn nobody_waits(caller_gone: impl Future<Output = ()>, commits: &AtomicBoo
     }
 }
 
-/// What a COMMIT failed with. A database that says why has not committed.
+/// What a COMMIT failed with. A database that says why has not committed; a pooler that has lost it, or a database that is
+/// being shut down, does not know.
 fn not_committed(error: tokio_postgres::Error) -> AdminError {
-    match error.as_db_error() {
-        Some(_) => error.into(),
-        None => AdminError::OutcomeUnknown,
+    match error.as_db_error().map(|error| error.code().code()) {
+        Some(code) if !code.starts_with("08") && !code.starts_with("57P") => error.into(),
+        _ => AdminError::OutcomeUnknown,
     }
 }
 

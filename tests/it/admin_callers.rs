@@ -56,17 +56,28 @@ fn told(status: &Status) -> (i32, String, Vec<u8>) {
 
 /// A service that may change permissions and asks for API keys, and one of these.
 async fn start_with_key(made: Made) -> (Database, Client, Server, String) {
+    let (database, client, server, [key]) = start_with_keys([made]).await;
+    (database, client, server, key)
+}
+
+/// The same with several keys.
+pub(crate) async fn start_with_keys<const KEYS: usize>(
+    made: [Made; KEYS],
+) -> (Database, Client, Server, [String; KEYS]) {
     let database = Database::create().await;
     let client = database.client().await;
     fill(&client).await;
-    let key = made.make(&database.url).await;
+    let mut keys = Vec::new();
+    for made in made {
+        keys.push(made.make(&database.url).await);
+    }
     let authenticator = config_with_keys(&database.url, TIMING, Pepper::default()).authenticator;
     let server = Server::start(Config {
         authenticator,
         ..config_to_change(&database)
     })
     .await;
-    (database, client, server, key)
+    (database, client, server, keys.try_into().unwrap())
 }
 
 #[tokio::test]
@@ -109,7 +120,7 @@ async fn another_organization_is_refused_whether_it_exists_or_not() {
 }
 
 /// Of the newest entry: who is said to have made it, and from where.
-async fn newest(client: &Client) -> String {
+pub(crate) async fn newest(client: &Client) -> String {
     let newest = "
         SELECT coalesce(changed_by::text, 'nobody'), actor_source, host(ip_address), user_agent LIKE 'tonic/%', application_name
         FROM permission_audit_log JOIN hallpass.log USING (entry_id) ORDER BY seq DESC LIMIT 1";
@@ -142,8 +153,23 @@ const GRANTS: &str = r#"
     organizations = "all"
 "#;
 
-#[tokio::test]
-async fn a_token_speaks_for_its_subject_alone() {
+/// Whoever signs tokens that a service takes for administrators'.
+pub(crate) struct Issuer {
+    key: SigningKey,
+    _key_server: KeyServer,
+}
+
+impl Issuer {
+    pub(crate) fn token(&self, subject: &str) -> String {
+        let expiry = now() + 600;
+        self.key.token(
+            &json!({"iss": ISSUER, "aud": AUDIENCE, "exp": expiry, "role": "administrator", "sub": subject}),
+        )
+    }
+}
+
+/// A service that may change permissions and asks for tokens.
+pub(crate) async fn start_with_tokens() -> (Database, Client, Server, Issuer) {
     let database = Database::create().await;
     let client = database.client().await;
     fill(&client).await;
@@ -162,12 +188,16 @@ async fn a_token_speaks_for_its_subject_alone() {
         ..config_to_change(&database)
     })
     .await;
-    let token = |subject: &str| {
-        let expiry = now() + 600;
-        key.token(
-            &json!({"iss": ISSUER, "aud": AUDIENCE, "exp": expiry, "role": "administrator", "sub": subject}),
-        )
+    let issuer = Issuer {
+        key,
+        _key_server: key_server,
     };
+    (database, client, server, issuer)
+}
+
+#[tokio::test]
+async fn a_token_speaks_for_its_subject_alone() {
+    let (_database, client, server, issuer) = start_with_tokens().await;
     let (ann, bob) = (&*id("ann").to_string(), &*id("bob").to_string());
     // As (subject, actor named, actor recorded); empty: refused.
     for (subject, actor, recorded) in [
@@ -177,7 +207,7 @@ async fn a_token_speaks_for_its_subject_alone() {
         ("backend", bob, ""),
         ("backend", "", "nobody"),
     ] {
-        let token = token(subject);
+        let token = issuer.token(subject);
         let mut administrator = Administrator::with_credential(&server, &token);
         actor.clone_into(&mut administrator.actor.user_id);
         let before = head(&client).await;
@@ -195,6 +225,9 @@ async fn a_token_speaks_for_its_subject_alone() {
         made.unwrap();
         let found = newest(&client).await;
         assert!(found.starts_with(recorded), "{found}");
+        administrator.actor.profile_id = bob.to_owned();
+        let forged = administrator.make(set(APPROVE, role, true, &[])).await;
+        assert_eq!(reason(&forged.unwrap_err()), "INVALID_REQUEST");
         assert!(found.ends_with(&format!("jwt:{subject}")), "{found}");
     }
     server.stop().await;

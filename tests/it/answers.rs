@@ -166,6 +166,48 @@ async fn who_takes_no_answer_keeps_its_places() {
     }
 }
 
+/// Packed, too: what packs an answer must not take it.
+#[tokio::test]
+async fn who_takes_no_answer_over_http_keeps_its_places() {
+    let (server, _database) = start(Bounds {
+        caller_in_flight_max: 3,
+        ..bounds()
+    })
+    .await;
+    let stream = TcpStream::connect(server.http).await.unwrap();
+    let (client, connection) = h2::client::Builder::new()
+        .initial_window_size(1)
+        .handshake(stream)
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let mut client: h2::client::SendRequest<Bytes> = client.ready().await.unwrap();
+    let mut kept = Vec::new();
+    for _ in 0..3 {
+        let request = Request::get(format!("http://{}/v1/audit?page_size=100", server.http))
+            .header("accept-encoding", "gzip")
+            .header("x-forwarded-for", "198.51.100.1")
+            .body(())
+            .unwrap();
+        let (answer, _body) = client.send_request(request, true).unwrap();
+        let answer = within("the beginning of an answer", PROMPT, answer)
+            .await
+            .unwrap();
+        assert_eq!(answer.headers()["content-encoding"], "gzip");
+        kept.push(answer);
+    }
+    for _ in 0..20 {
+        let said = refused(&server, "198.51.100.1").await;
+        assert_eq!(said.as_deref(), Some("RATE_LIMITED"));
+    }
+    drop(kept);
+    eventually("their places are free", async || {
+        refused(&server, "198.51.100.1").await.is_none()
+    })
+    .await;
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn a_heavy_answer_counts_as_many_calls() {
     let request = |item| BatchCheckPermissionsRequest {

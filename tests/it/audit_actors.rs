@@ -3,7 +3,7 @@
 use hallpass_client::v1::{AuditFilter, stream_audit_entries_request::Start};
 
 use crate::{
-    audit::Consumer,
+    consumer::Consumer,
     database::Database,
     names::id,
     server::{Server, config, fill, head, run_sql},

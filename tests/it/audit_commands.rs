@@ -10,8 +10,8 @@ use tokio::{
 use tokio_postgres::Client;
 
 use crate::{
-    audit::{changed, entries_where},
     commands::{Ran, command, hallpass},
+    consumer::{changed, entries_where},
     database::{Database, eventually},
     names::id,
     server::{Server, config, run_sql, set_role, within},
@@ -147,7 +147,7 @@ async fn a_line_says_who_changed_what() {
     for expected in [
         "UPDATE profiles",
         &format!("user {}: role", id("bob")),
-        "\"admin\"  by nobody named (NONE), login hallpass, in psql",
+        "-> admin  by an actor that was not named, login hallpass, in psql",
     ] {
         assert!(line.contains(expected), "{expected}: {line}");
     }
@@ -175,7 +175,7 @@ async fn a_line_says_who_changed_what() {
     let bulk = tail.lines(3).await;
     assert!(
         bulk.iter()
-            .all(|line| line.contains("\"parent_member\"  by nobody named (NONE)")),
+            .all(|line| line.contains("-> parent_member  by an actor that was not named")),
         "{bulk:?}"
     );
 }

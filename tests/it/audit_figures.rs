@@ -1,4 +1,4 @@
-//! Figures of the audit log, printed: how late entries arrive, and how fast they are exported.
+//! Figures of the audit log, printed: how late entries arrive, what idle streams cost, and how fast entries are exported.
 
 use std::{
     collections::HashMap,
@@ -10,13 +10,18 @@ use std::{
 
 use hallpass_client::v1::{AuditFilter, stream_audit_entries_request::Start};
 use hdrhistogram::Histogram;
-use tokio::{process::Command, task::JoinSet, time::interval};
+use tokio::{
+    process::Command,
+    task::JoinSet,
+    time::{interval, sleep},
+};
 
 use crate::{
-    audit::Consumer,
     audit_list,
     commands::command,
+    consumer::Consumer,
     database::{Database, as_role, eventually},
+    keyring::Made,
     names::id,
     server::{Server, config, fill, run_sql},
     sql::run,
@@ -27,6 +32,16 @@ const STREAMS: usize = 100;
 const CHANGES: usize = 2_000;
 const CHANGE_INTERVAL: Duration = Duration::from_millis(10);
 const ROWS: u32 = 1_000_000;
+
+const IDLE_STREAMS: usize = 1_000;
+const IDLE_CONNECTIONS: usize = 10;
+const IDLE: Duration = Duration::from_secs(10);
+
+/// A checkpoint each every half second is 2,000 messages a second.
+const IDLE_CORE_PERCENT_MAX: f64 = 20.0;
+
+/// In which Linux tells processor time, on every machine.
+const TICK: Duration = Duration::from_millis(10);
 
 /// From the moment at which a COMMIT is sent until each of 100 clients has the entry, an unrelated transaction open all
 /// the time.
@@ -105,6 +120,53 @@ async fn entries_arrive() {
     assert!(millis(0.99) <= Duration::from_millis(200));
 }
 
+/// Processor time and memory of a service with streams that wait for what never comes, each with a credential to be looked
+/// at, and without them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "measures: make audit-figures"]
+async fn idle_streams_cost_little() {
+    let database = Database::create().await;
+    fill(&database.client().await).await;
+    // A caller each, as each has its rate.
+    let mut keys = Vec::new();
+    for _ in 0..IDLE_CONNECTIONS {
+        keys.push(Made::default().make(&database.url).await);
+    }
+    let directory = temporary_directory();
+    let endpoint = format!("unix:{}", directory.path().join("socket").display());
+    let serve = serve(&database, &endpoint, &["--auth", "api-key"]);
+    until_up(&endpoint, &keys[0]).await;
+    let idle = serve.over(IDLE).await;
+    let before = serve.memory("VmRSS:");
+    let mut streams = JoinSet::new();
+    for key in &keys {
+        let channel = hallpass_client::connect(&endpoint).await.unwrap();
+        for _ in 0..IDLE_STREAMS / IDLE_CONNECTIONS {
+            let nothing = AuditFilter {
+                organization_id: id("nobody's").to_string(),
+                ..AuditFilter::default()
+            };
+            let mut stream = Consumer::start_as(&channel, key, Start::Now(true), nothing)
+                .await
+                .unwrap();
+            stream.next().await.unwrap();
+            streams.spawn(async move {
+                loop {
+                    stream.next().await.unwrap();
+                }
+            });
+        }
+    }
+    let busy = serve.over(IDLE).await;
+    let memory = serve.memory("VmRSS:") - before;
+    assert!(streams.try_join_next().is_none(), "a stream has ended");
+    println!(
+        "{IDLE_STREAMS} idle streams for {IDLE:?}: the service takes {busy:.1} % of a core, without them {idle:.1} %; \
+         {memory} kB of memory more"
+    );
+    assert!(busy - idle <= IDLE_CORE_PERCENT_MAX);
+}
+
 /// The program, the service and PostgreSQL on one machine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "measures: make audit-figures"]
@@ -113,16 +175,9 @@ async fn a_million_entries_are_exported() {
     let client = database.client().await;
     audit_list::fill(&client, ROWS).await;
     let directory = temporary_directory();
-    let socket = directory.path().join("socket");
-    let endpoint = format!("unix:{}", socket.display());
-    let mut serve = command(HALLPASS);
-    serve.args([
-        "serve",
-        "--database-url",
-        &as_role(&database.url, "hallpass_service"),
-    ]);
-    serve.args(["--grpc-listen", &endpoint]);
-    let serve = Peak::of(serve);
+    let endpoint = format!("unix:{}", directory.path().join("socket").display());
+    let serve = serve(&database, &endpoint, &[]);
+    until_up(&endpoint, "").await;
     for format in ["native", "ocsf"] {
         let output = directory.path().join(format);
         let begin = || {
@@ -139,15 +194,8 @@ async fn a_million_entries_are_exported() {
             export.arg(&output);
             export
         };
-        // The first finds the service up, and is short.
-        eventually("the service is up", async || {
-            let mut probe = command(HALLPASS);
-            probe.args(["audit", "export", "--endpoint", &endpoint, "--since", "0s"]);
-            probe.output().await.unwrap().status.success()
-        })
-        .await;
         let began = Instant::now();
-        let mut export = Peak::of(begin());
+        let mut export = Process::of(begin());
         let peak = export.wait().await;
         let took = began.elapsed();
         let bytes = fs::metadata(&output).unwrap().len();
@@ -158,32 +206,82 @@ async fn a_million_entries_are_exported() {
              service {} kB",
             f64::from(ROWS) / took.as_secs_f64(),
             bytes / 1_000_000,
-            serve.peak(),
+            serve.memory(PEAK),
         );
     }
 }
 
-/// A process whose greatest memory is known.
-struct Peak {
+/// A service of its own process.
+fn serve(database: &Database, endpoint: &str, arguments: &[&str]) -> Process {
+    let mut serve = command(HALLPASS);
+    let url = as_role(&database.url, "hallpass_service");
+    serve.args(["serve", "--database-url", &url]);
+    serve.args(["--grpc-listen", endpoint]).args(arguments);
+    Process::of(serve)
+}
+
+/// Returns when the service gives answers to whoever has this key.
+async fn until_up(endpoint: &str, key: &str) {
+    eventually("the service is up", async || {
+        let mut probe = command(HALLPASS);
+        probe.args(["audit", "export", "--endpoint", endpoint, "--since", "0s"]);
+        if !key.is_empty() {
+            probe.env("HALLPASS_TOKEN", key);
+        }
+        probe.output().await.unwrap().status.success()
+    })
+    .await;
+}
+
+/// The greatest memory that a process has had, as the kernel names it.
+const PEAK: &str = "VmHWM:";
+
+/// A process whose processor time and memory the kernel tells.
+struct Process {
     child: tokio::process::Child,
     pid: u32,
 }
 
-impl Peak {
+impl Process {
     fn of(mut command: Command) -> Self {
         let child = command.spawn().unwrap();
         let pid = child.id().unwrap();
         Self { child, pid }
     }
 
-    /// In kB, as the kernel says; 0 once it has ended.
-    fn peak(&self) -> u64 {
-        let status =
-            fs::read_to_string(Path::new("/proc").join(self.pid.to_string()).join("status"));
-        let status = status.unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    /// What the kernel tells in `/proc`; empty once it has ended.
+    fn told(&self, file: &str) -> String {
+        let path = Path::new("/proc").join(self.pid.to_string()).join(file);
+        fs::read_to_string(path).unwrap_or_default()
+    }
+
+    /// In kB; 0 once it has ended.
+    fn memory(&self, name: &str) -> u64 {
+        let status = self.told("status");
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
         line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok())
             .unwrap_or(0)
+    }
+
+    /// Processor time of all its threads so far, of its own and the kernel's for it.
+    fn processor_time(&self) -> Duration {
+        let stat = self.told("stat");
+        // Behind the name, which may have anything in it: the state is field 3, and these are 14 and 15.
+        let (_, fields) = stat.rsplit_once(") ").unwrap();
+        let fields: Vec<&str> = fields.split(' ').collect();
+        let ticks: u32 = [11, 12]
+            .map(|at| fields[at].parse::<u32>().unwrap())
+            .iter()
+            .sum();
+        ticks * TICK
+    }
+
+    /// How much of a core it takes while this time passes, in percent.
+    async fn over(&self, time: Duration) -> f64 {
+        let (began, before) = (Instant::now(), self.processor_time());
+        sleep(time).await;
+        let took = self.processor_time() - before;
+        100.0 * took.as_secs_f64() / began.elapsed().as_secs_f64()
     }
 
     /// Waits for its end.
@@ -196,7 +294,7 @@ impl Peak {
                     assert!(ended.unwrap().success());
                     return peak;
                 }
-                _ = look.tick() => peak = peak.max(self.peak()),
+                _ = look.tick() => peak = peak.max(self.memory(PEAK)),
             }
         }
     }

@@ -12,7 +12,8 @@ use tokio_postgres::{Client, types::ToSql};
 use uuid::Uuid;
 
 use crate::{
-    audit::{changed, entries_where, filters, line, violated},
+    audit::violated,
+    consumer::{changed, entries_where, filters, line},
     database::Database,
     indexes::{INDEXES_READ, LARGE_TABLES_SCANNED},
     names::id,

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio_postgres::Client;
 
 use crate::{
-    audit::{Consumer, cursor},
+    consumer::{Consumer, cursor},
     database::Database,
     server::{Server, config, head},
     sql::{lines, run, sqlstate, value},

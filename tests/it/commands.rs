@@ -15,6 +15,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::{
+    io::{AsyncBufReadExt, BufReader},
     net::TcpListener,
     process::{Child, Command},
     task::JoinSet,
@@ -567,7 +568,7 @@ async fn the_demo_s_commands_do_what_it_says_and_its_answers_come_from_the_cache
     let guide = printed().await;
     let is_command = |line: &&str| line.starts_with(HALLPASS) || line.starts_with("psql ");
     let commands: Vec<&str> = guide.lines().filter(is_command).collect();
-    let [allow, deny, promote, allow_then] = commands[..] else {
+    let [allow, deny, promote, allow_then, tail] = commands[..] else {
         panic!("{guide}");
     };
     let sh = async |line: &str| {
@@ -591,6 +592,17 @@ async fn the_demo_s_commands_do_what_it_says_and_its_answers_come_from_the_cache
     // The change needs a moment, less than it takes to paste the command.
     eventually("the promotion is seen", async || {
         sh(allow_then).await.code == ALLOW
+    })
+    .await;
+
+    let mut follower = command("sh");
+    follower.args(["-c", &format!("exec {tail}")]);
+    let mut follower = follower.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(follower.stdout.take().unwrap()).lines();
+    let promoted =
+        "role volunteer -> board_member  by an actor that was not named, login hallpass, in psql";
+    within("the promotion is told of", PATIENCE, async {
+        while !lines.next_line().await.unwrap().unwrap().contains(promoted) {}
     })
     .await;
 

@@ -9,6 +9,7 @@ use std::{
 };
 
 use hallpass::{
+    limits::Bounds,
     server::Config,
     store::{MISS_CONNECTIONS_MAX, READ_CONNECTIONS_MAX, Store, StoreError},
 };
@@ -26,7 +27,7 @@ use crate::{
     database::{Database, as_role, eventually},
     deadlines::WAITING,
     names::id,
-    server::{APPROVE, Server, config, fill, question, run_sql, within},
+    server::{APPROVE, Server, bounds, config, fill, question, run_sql, within},
 };
 
 /// Members of the organization that changes, and how many of them are asked about at once.
@@ -97,6 +98,11 @@ async fn a_herd_is_answered_or_turned_away_and_the_database_feels_a_few_statemen
     let config = Config {
         cache_capacity: 200_000,
         warm_up_max: Duration::from_secs(120),
+        // Of calls that wait for a machine that has other work, none is to be given up for that.
+        bounds: Bounds {
+            request_deadline_max: None,
+            ..bounds()
+        },
         ..config(&database.url)
     };
     let server = runtime.0.as_ref().unwrap().spawn(Server::start(config));

@@ -11,7 +11,7 @@ use std::{
 use hallpass::{
     audit,
     auth::Authenticator,
-    config,
+    config, http,
     limits::Bounds,
     selfcheck::SAMPLE_EVERY,
     server::{self, Config, Connections, Listener, Listeners, ServeError},
@@ -99,6 +99,10 @@ pub(crate) fn config(url: &str) -> Config {
         drain_max: config::DRAIN_MAX,
         audit: audit::Limits::default(),
         bounds: bounds(),
+        http: http::Settings {
+            environment: "test".to_owned(),
+            cors_origins: Vec::new(),
+        },
     }
 }
 

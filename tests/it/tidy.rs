@@ -71,6 +71,7 @@ const MAY_IMPORT: [(&str, &[&str]); 19] = [
             "config",
             "embedded",
             "grpc",
+            "http",
             "limits",
             "model",
             "selfcheck",

@@ -41,23 +41,23 @@ impl Audit {
 #[derive(Clone, Debug, clap::Args)]
 struct Filter {
     /// Only entries of this organization, by its UUID
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     organization: String,
 
     /// Only changes of this user's membership
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     affected_user: String,
 
     /// Only changes that this user made
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     actor: String,
 
     /// Only changes of this permission
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     permission: String,
 
     /// Only changes of this table, for example profiles
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     table: String,
 
     /// Only changes of this kind: insert, update, delete, truncate, unrecorded

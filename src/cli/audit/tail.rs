@@ -1,6 +1,7 @@
 //! `hallpass audit tail`: the audit log as it grows, a line an entry.
 
 use std::{
+    collections::HashSet,
     env,
     fmt::Write as _,
     io::{self, IsTerminal, Write},
@@ -9,6 +10,7 @@ use std::{
 };
 
 use hallpass_client::v1::{AuditEntry, ChangeType, stream_audit_entries_request::Start};
+use serde_json::Value;
 
 use super::{
     Filter, change_name,
@@ -18,6 +20,12 @@ use super::{
     source_name, values,
 };
 use crate::{cli::interrupted, config::ClientSettings};
+
+/// The table of the role ladder.
+const ROLES: &str = "permission_roles";
+
+/// Elements of a list that a line names as won or lost; it counts the others. A setting may name thousands of users.
+const LISTED_MAX: usize = 10;
 
 /// Show every change as it is committed: what changed, from what to what, who changed it, from where
 #[derive(Debug, clap::Args)]
@@ -143,7 +151,7 @@ fn colour_of(entry: &AuditEntry) -> &'static str {
     }
 }
 
-/// `2026-05-01T09:30:00.123456Z  UPDATE organization_permissions can_view_budget: is_enabled true -> false  …`
+/// `2026-05-01T09:30:00.123456Z  UPDATE organization_permissions can_view_budget …: is_enabled true -> false  by …`
 fn line(entry: &AuditEntry, colour: bool) -> String {
     let (on, dim, off) = if colour {
         (colour_of(entry), "\x1b[2m", "\x1b[0m")
@@ -158,8 +166,10 @@ fn line(entry: &AuditEntry, colour: bool) -> String {
         change_name(entry),
         entry.table
     );
+    let (before, after) = values(entry);
     let said = [
-        ("", &entry.permission),
+        ("", role_of(entry, &before, &after)),
+        ("", &*entry.permission),
         ("organization ", &entry.organization_id),
         ("user ", &entry.affected_user_id),
     ];
@@ -167,24 +177,26 @@ fn line(entry: &AuditEntry, colour: bool) -> String {
         // Writing to a string cannot fail.
         let _infallible = write!(line, " {name}{}", printable(value));
     }
-    let (before, after) = values(entry);
-    let changes: Vec<String> = (entry.changed_fields.iter())
-        .filter(|field| !is_said(entry, field))
-        .map(|field| match (before.get(field), after.get(field)) {
-            (Some(before), Some(after)) => format!("{field} {before} -> {after}"),
-            (None, Some(value)) | (Some(value), None) => format!("{field} {value}"),
-            (None, None) => field.clone(),
-        })
-        .collect();
+    let changes: Vec<String> = match entry.change_type() {
+        ChangeType::Truncate => vec!["every row".to_owned()],
+        ChangeType::Unrecorded => vec!["changes went past the record".to_owned()],
+        _ => (entry.changed_fields.iter())
+            .filter(|field| !is_said(entry, field))
+            .map(|field| format!("{field} {}", change(before.get(field), after.get(field))))
+            .collect(),
+    };
     if !changes.is_empty() {
         let _infallible = write!(line, ": {}", printable(&changes.join(", ")));
     }
+    let source = source_name(entry);
     let actor = match (&*entry.actor_user_id, &*entry.actor_profile_id) {
-        ("", "") => "by nobody named".to_owned(),
-        ("", profile) => format!("by profile {profile}"),
-        (user, _) => format!("by {user}"),
+        // Whoever inspects the record has found them, and has not made them.
+        ("", "") if entry.change_type() == ChangeType::Unrecorded => "found".to_owned(),
+        ("", "") => "by an actor that was not named".to_owned(),
+        ("", profile) => format!("by profile {profile} ({source})"),
+        (user, _) => format!("by {user} ({source})"),
     };
-    let _infallible = write!(line, "  {dim}{actor} ({})", source_name(entry));
+    let _infallible = write!(line, "  {dim}{actor}");
     let login = if entry.database_login == entry.database_role {
         entry.database_role.clone()
     } else {
@@ -206,9 +218,62 @@ fn line(entry: &AuditEntry, colour: bool) -> String {
     line
 }
 
+/// The role whose row of the ladder changed: it is known by nothing else.
+fn role_of<'a>(entry: &AuditEntry, before: &'a Value, after: &'a Value) -> &'a str {
+    let key = |row: &'a Value| row.get("role_key")?.as_str();
+    match &*entry.table {
+        ROLES => key(after).or_else(|| key(before)).unwrap_or_default(),
+        _ => "",
+    }
+}
+
+/// From what to what a column changed, `volunteer -> admin`; what a row came or went with; what a list won and lost.
+fn change(before: Option<&Value>, after: Option<&Value>) -> String {
+    let list = |value: Option<&Value>| value.and_then(Value::as_array).cloned();
+    match (list(before), list(after)) {
+        (None, None) => (before.into_iter().chain(after).map(shown))
+            .collect::<Vec<String>>()
+            .join(" -> "),
+        (before, after) => difference(&before.unwrap_or_default(), &after.unwrap_or_default()),
+    }
+}
+
+/// `+won -lost`
+fn difference(before: &[Value], after: &[Value]) -> String {
+    let (old, new): (HashSet<_>, HashSet<_>) = (before.iter().collect(), after.iter().collect());
+    let won = after.iter().filter(|value| !old.contains(value));
+    let lost = before.iter().filter(|value| !new.contains(value));
+    let differences: Vec<String> = (won.map(|value| format!("+{}", shown(value))))
+        .chain(lost.map(|value| format!("-{}", shown(value))))
+        .collect();
+    match differences.len() {
+        0 => "has the same elements".to_owned(),
+        count if count > LISTED_MAX => {
+            let named = differences[..LISTED_MAX].join(" ");
+            format!("{named} and {} more", count - LISTED_MAX)
+        }
+        _ => differences.join(" "),
+    }
+}
+
+/// As JSON; a text that nothing else in a line can be taken for goes without its quotes.
+fn shown(value: &Value) -> String {
+    let is_plain = |text: &str| {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+        !text.is_empty()
+            && text.chars().all(is_plain)
+            && serde_json::from_str::<Value>(text).is_err()
+    };
+    match value {
+        Value::String(text) if is_plain(text) => text.clone(),
+        value => value.to_string(),
+    }
+}
+
 /// What the line says anyway, at its beginning.
 fn is_said(entry: &AuditEntry, field: &str) -> bool {
     match field {
+        "role_key" => entry.table == ROLES,
         "org_id" => !entry.organization_id.is_empty(),
         "permission_key" => !entry.permission.is_empty(),
         "user_id" => !entry.affected_user_id.is_empty(),
@@ -228,6 +293,28 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_value_is_shown_as_what_it_is_and_a_list_as_what_it_won_and_lost() {
+        let json = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+        for (before, after, expected) in [
+            (r#""volunteer""#, r#""admin""#, "volunteer -> admin"),
+            ("null", r#""null""#, r#"null -> "null""#),
+            (r#""""#, r#""a b""#, "\"\" -> \"a b\""),
+            (r#""7""#, "7", r#""7" -> 7"#),
+            (r#"["a","b"]"#, r#"["b","c"]"#, "+c -a"),
+            ("null", r#"["a"]"#, "+a"),
+            (r#"["a","b"]"#, r#"["b","a"]"#, "has the same elements"),
+        ] {
+            assert_eq!(change(Some(&json(before)), Some(&json(after))), expected);
+        }
+        assert_eq!(change(None, Some(&json("true"))), "true");
+        assert_eq!(change(Some(&json(r#"["a"]"#)), None), "-a");
+        let many: Vec<Value> = (0..50_000).map(|n| format!("u{n}").into()).collect();
+        let won = change(None, Some(&many.into()));
+        assert!(won.starts_with("+u0 +u1 "), "{won}");
+        assert!(won.ends_with(" +u9 and 49990 more"), "{won}");
+    }
 
     #[test]
     fn a_line_says_who_changed_what_and_commands_no_terminal() {

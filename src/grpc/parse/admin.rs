@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{Fields, shown};
 use crate::{
     auth::Identity,
-    grpc::v1,
+    grpc::{admin_service::UserOverride, v1},
     model::OrganizationId,
     store::admin::{Actor, Micros, Step},
 };
@@ -21,6 +21,9 @@ const SPECIFIC_USERS_MAX: usize = 10_000;
 
 /// Bytes of what an actor's request said of itself, as much as the audit log keeps.
 const ORIGIN_BYTES_MAX: usize = 1_024;
+
+/// The beginning of the year 10000, which no row of the application's can have been changed in.
+const MICROS_MAX: i64 = 253_402_300_800_000_000;
 
 /// Bytes of a permission's name and of its description.
 const NAME_BYTES_MAX: usize = 255;
@@ -83,6 +86,17 @@ impl Fields<'_> {
                 );
             }
             user_id = subject;
+            let named = [
+                ("actor.profile_id", &actor.profile_id),
+                ("actor.ip_address", &actor.ip_address),
+                ("actor.user_agent", &actor.user_agent),
+            ];
+            for (field, _) in named.iter().filter(|(_, named)| !named.is_empty()) {
+                self.violation(
+                    *field,
+                    "must be empty: a token speaks for its subject alone",
+                );
+            }
         }
         let profile_id = self.optional_id("actor.profile_id", &actor.profile_id);
         let ip_address = match actor.ip_address.parse() {
@@ -128,6 +142,7 @@ impl Fields<'_> {
         let time = SystemTime::try_from(time?).ok();
         let since_epoch = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
         let micros = since_epoch.and_then(|time| i64::try_from(time.as_micros()).ok());
+        let micros = micros.filter(|micros| *micros < MICROS_MAX);
         if micros.is_none() {
             self.violation(field, "is no time");
         }
@@ -300,6 +315,64 @@ impl Fields<'_> {
             user_id,
             permission_key,
         }])
+    }
+
+    pub(in crate::grpc) fn user_overrides(
+        &mut self,
+        organization: &str,
+        overrides: Vec<UserOverride>,
+    ) -> Option<Vec<Step>> {
+        let organization = self.organization(organization);
+        if overrides.is_empty() || overrides.len() > BULK_ITEMS_MAX {
+            let found = overrides.len();
+            self.violation(
+                "overrides",
+                format!("must be 1 to {BULK_ITEMS_MAX} overrides, not {found}"),
+            );
+            return None;
+        }
+        let mut users = Vec::with_capacity(overrides.len());
+        for (
+            index,
+            UserOverride {
+                user_id,
+                permission,
+                granted,
+            },
+        ) in overrides.into_iter().enumerate()
+        {
+            let prefix = format!("overrides[{index}].");
+            let user = self.id(format_args!("{prefix}user_id"), &user_id);
+            self.key(format_args!("{prefix}permission_key"), &permission);
+            users.push(user.map(|user| (permission, user, granted)));
+        }
+        let mut users: Vec<(String, Uuid, bool)> = users.into_iter().collect::<Option<_>>()?;
+        // In one order for all, as in a bulk change.
+        users.sort();
+        if let Some(twice) = users
+            .windows(2)
+            .find(|pair| (&pair[0].0, pair[0].1) == (&pair[1].0, pair[1].1))
+        {
+            let complaint = format!("`{}` is there twice for one user", shown(&twice[0].0));
+            self.violation("overrides", complaint);
+        }
+        let org_id = organization?.0;
+        let steps = users.into_iter().map(|(permission_key, user_id, granted)| {
+            if granted {
+                Step::GrantUser {
+                    org_id,
+                    user_id,
+                    permission_key,
+                }
+            } else {
+                Step::RevokeUser {
+                    org_id,
+                    user_id,
+                    permission_key,
+                }
+            }
+        });
+        Some(steps.collect())
     }
 
     /// Whoever changes a membership changes the organization, its own membership too.

@@ -14,7 +14,7 @@ use hallpass_client::{
 use tokio::time::{sleep, timeout};
 
 use crate::{
-    audit::{Consumer, cursor},
+    consumer::{Consumer, cursor},
     database::connect,
     sql::lines,
 };
@@ -63,7 +63,7 @@ pub(super) async fn follow(run: Arc<Run>, replica: usize) {
 /// Takes from one stream until it ends.
 async fn take(run: &Run, replica: usize, consumer: &mut Consumer, start: &mut Start) {
     while !run.over.load(Ordering::Relaxed) {
-        let Ok(next) = timeout(SILENCE_MAX, consumer.next()).await else {
+        let Ok(next) = timeout(SILENCE_MAX, consumer.wait()).await else {
             return;
         };
         let mut taken = run.auditors[replica].lock().unwrap();

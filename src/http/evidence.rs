@@ -1,4 +1,4 @@
-//! What the bodies of several calls have in common, as JSON.
+//! How fresh an answer is asked for, and what an answer says of itself, as JSON.
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};

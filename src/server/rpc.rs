@@ -1,10 +1,9 @@
-//! Where calls come in: gRPC over HTTP/2, JSON over HTTP/2 and HTTP/1.1; the bounds on both that are no settings, and why.
+//! Where calls of gRPC come in.
 //!
 //! Invariant: whatever comes in passes the same layers, in the same order.
 
 use std::{future::Future, sync::Arc};
 
-use axum::Router;
 use tonic::{
     codec::CompressionEncoding,
     service::Routes,
@@ -12,7 +11,15 @@ use tonic::{
 };
 use tonic_health::pb::health_server::{Health, HealthServer};
 
-use super::{ServeError, accept::Acceptor, connections::Connections, io::Io};
+use super::{
+    ServeError,
+    accept::Acceptor,
+    connections::{
+        Connections, ERROR_RESETS_MAX, FRAME_BYTES_MAX, HEADER_LIST_BYTES_MAX,
+        STREAMS_A_CONNECTION_MAX, UNSEEN_RESETS_MAX, WINDOW_BYTES,
+    },
+    io::Io,
+};
 use crate::{
     auth::{Authenticator, Peer},
     grpc::{
@@ -23,27 +30,6 @@ use crate::{
     http::Services,
     limits::Limits,
 };
-
-/// Calls at once on one connection: as many as a busy client's pool has in flight, few enough to bound their buffers.
-const STREAMS_A_CONNECTION_MAX: u32 = 1_000;
-
-/// A token of 8 kB with room for what else a call carries. Past it a call is refused, past four times it the connection
-/// ends; so it does after 5 CONTINUATION frames, a number that h2 derives from this one.
-const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
-
-/// What a connection may have sent and the service not have read: a request of 10,000 items comes in two round trips.
-const WINDOW_BYTES: u32 = 1 << 20;
-
-/// The least that HTTP/2 allows. Greater frames would make short calls wait behind long ones.
-const FRAME_BYTES_MAX: u32 = 16 << 10;
-
-/// Calls that are taken back before they are looked at, on one connection at once (rapid reset). A client that gives up
-/// a whole burst of calls at a time comes nowhere near, for they are looked at as they come.
-const UNSEEN_RESETS_MAX: usize = 20;
-
-/// Calls of one connection in its life that break the protocol and are reset for it. An honest client has none. Unless
-/// tonic is told a number it lifts hyper's bound (RUSTSEC-2024-0003).
-const ERROR_RESETS_MAX: usize = 1_000;
 
 /// 10,000 items, with two ids of 36 bytes each and a permission's key of 76 on average: three times as long as keys are.
 /// Keys may have 255 bytes, and fewer items of such a length fit. A request that is packed has this bound unpacked, too.
@@ -106,21 +92,6 @@ pub(super) async fn serve_grpc(
         .layer(GateLayer(authenticator, Arc::clone(&limits)))
         .layer(CallerLayer(limits))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(acceptor.incoming(), stop)
-        .await?;
-    Ok(())
-}
-
-/// HTTP/2 and HTTP/1.1; calls come through the same layers as over gRPC, within the router.
-pub(super) async fn serve_http(
-    router: Router,
-    acceptor: Acceptor,
-    connections: Connections,
-    stop: impl Future<Output = ()>,
-) -> Result<(), ServeError> {
-    listen(&connections)
-        .accept_http1(true)
-        .add_routes(router.into())
         .serve_with_incoming_shutdown(acceptor.incoming(), stop)
         .await?;
     Ok(())

@@ -117,6 +117,8 @@ pub enum Refusal {
 /// What the limits have to know of a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Method {
+    /// Its place in [`access::ACCESS`]; of an unknown one, the place behind the last.
+    pub index: usize,
     /// As in [`access::ACCESS`]; `unknown` for one that nobody serves: what a caller makes up is not logged.
     pub name: &'static str,
     pub class: Class,
@@ -137,14 +139,16 @@ pub enum Class {
 impl Method {
     #[must_use]
     pub fn of<B>(request: &Request<B>) -> Self {
-        let Some((name, need, answer)) = access::row(request) else {
+        let Some((index, (name, need, answer))) = access::row(request) else {
             return Self {
+                index: access::ACCESS.len(),
                 name: "unknown",
                 class: Class::List,
                 answer: Answer::Message,
             };
         };
         Self {
+            index,
             name,
             class: match need {
                 Need::Nothing => Class::Free,

@@ -217,12 +217,13 @@ pub const ACCESS: [Row; 39] = [
     ("GET /docs/{asset}", Need::Open, Answer::Message),
 ];
 
-/// A call's row; `None` for what nobody serves.
+/// A call's row and its place; `None` for what nobody serves.
 #[must_use]
-pub fn row<B>(request: &Request<B>) -> Option<&'static Row> {
+pub fn row<B>(request: &Request<B>) -> Option<(usize, &'static Row)> {
+    let mut rows = ACCESS.iter().enumerate();
     if request.extensions().get::<OverHttp>().is_none() {
         let path = request.uri().path();
-        return ACCESS.iter().find(|(name, ..)| *name == path);
+        return rows.find(|(_, (name, ..))| *name == path);
     }
     let route = request.extensions().get::<MatchedPath>()?;
     let method = match *request.method() {
@@ -230,9 +231,7 @@ pub fn row<B>(request: &Request<B>) -> Option<&'static Row> {
         Method::HEAD => "GET",
         ref method => method.as_str(),
     };
-    ACCESS
-        .iter()
-        .find(|(name, ..)| name.split_once(' ') == Some((method, route.as_str())))
+    rows.find(|(_, (name, ..))| name.split_once(' ') == Some((method, route.as_str())))
 }
 
 /// What HTTP methods a route has.

@@ -72,7 +72,7 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let refuse = |status: Status| Either::Right(Either::Left(ready(Ok(status.into_http()))));
-        let row = match access::row(&request).map(|(_, need, answer)| (*need, *answer)) {
+        let row = match access::row(&request).map(|(_, (_, need, answer))| (*need, *answer)) {
             None => return refuse(status::no_such_method()),
             Some((Need::Nothing | Need::Open, _)) => return Either::Left(self.inner.call(request)),
             Some(row) => row,

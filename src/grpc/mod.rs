@@ -7,6 +7,7 @@ pub mod audit_service;
 pub mod codec;
 pub mod gate;
 pub mod limit;
+pub mod observe;
 mod parse;
 pub mod permission_service;
 pub mod status;

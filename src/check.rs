@@ -18,6 +18,7 @@ use crate::{
     model::{BootTime, Position, Reason, Subject, SubjectPermissions},
     selfcheck::Sampler,
     store::{Store, StoreError, load::Explanation, pool::Connection},
+    trail,
 };
 
 /// How fresh an answer must be.
@@ -258,10 +259,11 @@ impl Checker {
         T: Send + 'static,
         Answer: Future<Output = Result<(Position, T), StoreError>> + Send + 'static,
     {
+        trail::read_database();
         let connection = self.store.reads.acquire().await.map_err(unanswered)?;
         let sent_at = BootTime::now();
         // A task of its own: a caller who goes away must not leave a connection with half a question.
-        let asked = tokio::spawn(query(connection));
+        let asked = tokio::spawn(trail::carried(query(connection)));
         let (head, answer) = match asked.await {
             Ok(read) => read.map_err(unanswered)?,
             Err(_panic) => return Err(LoadError::Unavailable.into()),
@@ -341,6 +343,7 @@ impl Checker {
             Freshness::AtLeastAsFresh(_) => Join::SentSince(arrived),
             Freshness::FullyConsistent => Join::None,
         };
+        trail::read_database();
         let load = self.loader.load(subjects, join).await?;
         if let Freshness::AtLeastAsFresh(position) = freshness {
             self.vouch(position, load.head).await?;

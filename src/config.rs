@@ -6,6 +6,7 @@ mod http;
 mod identity;
 mod limits;
 mod tls;
+mod traces;
 
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
@@ -18,6 +19,7 @@ pub use self::{
     identity::IdentitySettings,
     limits::LimitSettings,
     tls::{TLS_RELOAD_INTERVAL, TlsSettings},
+    traces::TraceSettings,
 };
 
 /// Where clients look first, and nobody else can reach.
@@ -125,6 +127,9 @@ pub struct ServeSettings {
 
     #[command(flatten)]
     pub limits: LimitSettings,
+
+    #[command(flatten)]
+    pub traces: TraceSettings,
 }
 
 impl ServeSettings {

@@ -12,7 +12,8 @@
 //! 7. [`upkeep`]: inspection, refresh and warm start, in the background; [`selfcheck`]: cached answers, doubted.
 //! 8. [`auth`]: who calls, by a key, a token or a certificate, and what it may do. [`limits`]: how much.
 //! 9. [`grpc`]: requests parsed, errors mapped; [`mod@http`]: the same as JSON. [`server`]: everything put together and run.
-//! 10. [`cli`], [`config`] and [`embedded`]: the program around it, and a PostgreSQL of its own to try it on.
+//! 10. [`trail`]: where a call's time goes; [`traces`]: to whom that is told; [`telemetry`]: metrics.
+//! 11. [`cli`], [`config`] and [`embedded`]: the program around it, and a PostgreSQL of its own to try it on.
 //!
 //! `ARCHITECTURE.md` tells the same as data flow and invariants.
 
@@ -35,4 +36,6 @@ pub mod selfcheck;
 pub mod server;
 pub mod store;
 pub mod telemetry;
+pub mod traces;
+pub mod trail;
 pub mod upkeep;

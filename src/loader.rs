@@ -26,6 +26,7 @@ use crate::{
         MISS_CONNECTIONS_MAX, Store, StoreError,
         load::{ReadFrom, SUBJECTS_A_TURN},
     },
+    trail::{self, Kind, Running, Steps},
 };
 
 /// Statements on their way at once: one a connection.
@@ -90,6 +91,7 @@ struct Request {
     subjects: Vec<Subject>,
     join: Join,
     reply: oneshot::Sender<Result<Arc<Load>, LoadError>>,
+    turn: Running,
 }
 
 /// A handle to the loader's task.
@@ -137,6 +139,7 @@ impl Loader {
                 subjects,
                 join,
                 reply,
+                turn: trail::begin(Kind::Queue),
             })
             .map_err(|error| match error {
                 TrySendError::Full(_) => LoadError::Overloaded,
@@ -193,6 +196,7 @@ struct Flight {
     subjects: Vec<Subject>,
     waiters: Vec<oneshot::Sender<Result<Arc<Load>, LoadError>>>,
     sent_at: BootTime,
+    steps: Arc<Steps>,
 }
 
 struct Task {
@@ -237,6 +241,7 @@ impl Task {
             && flight.sent_at >= earliest
             && flight.waiters.len() < QUEUE_MAX
         {
+            request.turn.join(&flight.steps);
             flight.waiters.push(request.reply);
             return;
         }
@@ -253,6 +258,7 @@ impl Task {
     fn send_statement(&mut self) {
         let mut subjects: HashSet<Subject> = HashSet::new();
         let mut waiters = Vec::new();
+        let steps = Arc::<Steps>::default();
         let mut from = self.source.progress.read_from();
         while let Some(request) = self.queue.front() {
             if !waiters.is_empty() && subjects.len() + request.subjects.len() > SHARED_SUBJECTS_MAX
@@ -271,6 +277,7 @@ impl Task {
                 from = ReadFrom::View;
             }
             subjects.extend(request.subjects);
+            request.turn.join(&steps);
             waiters.push(request.reply);
         }
         if waiters.is_empty() {
@@ -281,10 +288,9 @@ impl Task {
         let sent_at = BootTime::now();
         let source = Arc::clone(&self.source);
         let asked = subjects.clone();
-        let id = self
-            .flights
-            .spawn(async move { source.load(asked, from, sent_at).await })
-            .id();
+        let work = async move { source.load(asked, from, sent_at).await };
+        let work = trail::shared(Arc::clone(&steps), work);
+        let id = self.flights.spawn(work).id();
         self.flying
             .extend(subjects.iter().map(|subject| (*subject, id)));
         self.waiting.insert(
@@ -293,6 +299,7 @@ impl Task {
                 subjects,
                 waiters,
                 sent_at,
+                steps,
             },
         );
     }

@@ -57,6 +57,7 @@ use crate::{
     selfcheck,
     store::{DatabaseUrl, Store, StoreError},
     telemetry::{Metrics, Observed, Reading, Telemetry},
+    traces::{self, EndpointError, Traces},
     upkeep,
 };
 
@@ -93,6 +94,7 @@ pub struct Config {
     pub bounds: Bounds,
     pub audit: audit::Limits,
     pub http: http::Settings,
+    pub traces: traces::Settings,
 }
 
 /// Why the service ended otherwise than by being told to.
@@ -107,6 +109,8 @@ pub enum ServeError {
     SchemaAhead(i32),
     #[error("applied migrations differ from this program's: {}", .0.join(", "))]
     SchemaChanged(Vec<&'static str>),
+    #[error(transparent)]
+    Traces(#[from] EndpointError),
     #[error("cannot serve: {0}")]
     Transport(#[from] tonic::transport::Error),
     #[error("cannot serve: {0}")]
@@ -203,6 +207,7 @@ pub async fn run(
         Arc::clone(&checker.progress),
     ));
     let observed = Observed::new();
+    let traces = Arc::new(Traces::new(&config.traces)?);
     let (samples, sampled) = watch::channel(None);
     background.spawn(upkeep::sample(
         config.database.clone(),
@@ -214,6 +219,7 @@ pub async fn run(
         limits: Arc::clone(&limits),
         tail: tail.clone(),
         observed: observed.clone(),
+        traces: Arc::clone(&traces),
         is_serving: serving(&is_known),
         samples: sampled,
         changes,
@@ -236,6 +242,7 @@ pub async fn run(
         Arc::clone(&config.authenticator),
         Arc::clone(&limits),
         Arc::clone(&observed.grpc),
+        Arc::clone(&traces),
         acceptor(listeners.grpc, &config.tls),
         config.connections.clone(),
         stop.clone().cancelled_owned(),
@@ -244,6 +251,7 @@ pub async fn run(
         authenticator: Arc::clone(&config.authenticator),
         limits: Arc::clone(&limits),
         calls: Arc::clone(&observed.http),
+        traces: Arc::clone(&traces),
         has_tls: config.http_tls.is_some() && matches!(listener, Listener::Tcp(_)),
     };
     let http = listeners.http.map(|listener| {
@@ -291,6 +299,8 @@ pub async fn run(
     streams.close();
     streams.wait().await;
     background.shutdown().await;
+    // Last: every call has ended.
+    traces.shutdown().await;
     Ok(())
 }
 

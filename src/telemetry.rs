@@ -5,6 +5,7 @@
 
 mod page;
 mod process;
+mod traces;
 
 use std::{
     fmt,
@@ -29,6 +30,7 @@ use crate::{
     limits::{Limit, Limits},
     model::{BootTime, Reason},
     store::{pool::Connections, samples::Sample, timings::Question},
+    traces::Traces,
 };
 
 /// The content type of [`page`].
@@ -64,6 +66,7 @@ pub struct Telemetry {
     pub limits: Arc<Limits>,
     pub tail: Tail,
     pub observed: Observed,
+    pub traces: Arc<Traces>,
     /// Whether health says SERVING.
     pub is_serving: Reading<bool>,
     /// What the database said of itself, and when it was asked.
@@ -134,6 +137,7 @@ impl Collector for Telemetry {
         self.database(&mut page)?;
         self.samples(&mut page)?;
         self.entrance(&mut page)?;
+        traces::metrics(&mut page, &self.traces)?;
         process::metrics(&mut page)
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     loader::LoadError,
     model::{BootTime, Position},
     store::log::FoundPositions,
+    trail,
 };
 
 /// How long to wait for the feed to apply a position: a poll, and as long again for its page. The database has it already.
@@ -102,11 +103,11 @@ impl Checker {
         }
         let store = Arc::clone(&self.store);
         // A task of its own, as every question; the turn ends with the question, not with the caller.
-        let asked = tokio::spawn(async move {
+        let asked = tokio::spawn(trail::carried(async move {
             let found = store.find_positions(position, end).await;
             drop(turn);
             found
-        });
+        }));
         match asked.await {
             Ok(found) => found.map_err(unanswered),
             Err(_panic) => Err(LoadError::Unavailable.into()),

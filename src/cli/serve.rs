@@ -169,6 +169,7 @@ pub(super) async fn serve(
             environment: settings.http.environment.clone(),
             cors_origins: settings.http.cors_origins.clone(),
         },
+        traces: settings.traces.clone().into(),
     };
     let served = tokio::select! {
         served = server::run(config, entrance.listeners, on_ready, interrupted) => served.map_err(Into::into),

@@ -20,6 +20,7 @@ use crate::{
         admin::{AdminError, ChangeKind, Effect, OrganizationPermission},
         pool::Connections,
     },
+    trail,
 };
 
 /// Serves changes.
@@ -95,7 +96,7 @@ impl AdminService {
         let called = CancellationToken::new();
         let gone = called.clone().cancelled_owned();
         let _called = called.drop_guard();
-        let outcome = tokio::spawn(async move {
+        let outcome = tokio::spawn(trail::carried(async move {
             if validate_only {
                 let preview = connection.preview(&change.steps, gone).await?;
                 return Ok(v1::ChangeOutcome {
@@ -112,7 +113,7 @@ impl AdminService {
                 effects: Vec::new(),
                 effect_count: 0,
             })
-        });
+        }));
         let outcome: Result<_, AdminError> = outcome.await.map_err(|_panic| status::internal())?;
         Ok(Some(outcome?))
     }
@@ -133,7 +134,9 @@ impl v1::admin_service_server::AdminService for AdminService {
         }
         let organization = fields.all_fit(organization)?;
         let connection = self.store.reads.acquire().await?;
-        let settings = tokio::spawn(connection.organization_settings(organization));
+        let settings = tokio::spawn(trail::carried(
+            connection.organization_settings(organization),
+        ));
         let (head, settings) = settings.await.map_err(|_panic| status::internal())??;
         let permissions = settings
             .into_iter()

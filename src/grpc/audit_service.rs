@@ -27,6 +27,7 @@ use crate::{
         audit::{AuditEntry, list},
         pool::Connection,
     },
+    trail,
 };
 
 /// Streams at once: each holds a few batches at most.
@@ -89,7 +90,7 @@ impl AuditService {
         Answer: Future<Output = Result<T, StoreError>> + Send + 'static,
     {
         let connection = self.store.reads.acquire().await?;
-        let answer = tokio::spawn(query(connection)).await;
+        let answer = tokio::spawn(trail::carried(query(connection))).await;
         answer.unwrap_or_else(|panic| Err(StoreError::Wrong(panic.to_string())))
     }
 }

@@ -22,6 +22,7 @@ use crate::{
         tokens::Unverified,
     },
     limits::{Limits, Refusal},
+    trail::{self, Kind},
 };
 
 /// Puts the gate in front of a service.
@@ -104,7 +105,9 @@ where
                 let mut inner = std::mem::replace(&mut self.inner, ready);
                 let authenticator = Arc::clone(&self.authenticator);
                 let answer = async move {
+                    let waits = trail::begin(Kind::Authentication);
                     let caller = caller.await.map_err(status::unauthenticated);
+                    drop(waits);
                     match caller.and_then(|caller| admit(caller, row, &authenticator, &mut request))
                     {
                         Ok(()) => inner.call(request).await,
@@ -156,6 +159,7 @@ fn admit<B>(
     request: &mut Request<B>,
 ) -> Result<(), Status> {
     need.opens_to(&caller).map_err(status::forbidden)?;
+    trail::admit();
     if answer == Answer::EndingStream {
         let (authenticator, caller) = (Arc::clone(authenticator), Arc::clone(&caller));
         let peer = request.extensions().get::<Peer>().cloned();

@@ -1,5 +1,5 @@
-//! Counts every call: that it began, what it ended with, how long it took. Outside of all other layers, so that nothing is
-//! refused unseen.
+//! Counts every call: that it began, what it ended with, how long it took; and hands it to [`Traces`] when it has ended.
+//! Outside of all other layers, so that nothing is refused unseen.
 //!
 //! Invariant: a call that began ends once, however it ends; one whose caller went away ended cancelled.
 
@@ -16,7 +16,13 @@ use pin_project_lite::pin_project;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use crate::{auth::access::Answer, counters::Calls, limits::Method};
+use crate::{
+    auth::access::Answer,
+    counters::Calls,
+    limits::{Class, Method},
+    traces::{self, Begun, Ending, Traces},
+    trail::{self, Trail},
+};
 
 /// What calls of a protocol can end with, by number.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +33,8 @@ pub struct Outcomes {
     cancelled: usize,
     /// What an answer, or its trailers, say that is not `good`.
     other: fn(StatusCode, &HeaderMap) -> Option<usize>,
+    /// What an outcome is to a trace.
+    ending: fn(usize) -> Ending,
 }
 
 /// google.rpc.Code, each as its own number.
@@ -38,6 +46,7 @@ pub const GRPC_OUTCOMES: Outcomes = Outcomes {
         let code = headers.get(Status::GRPC_STATUS)?;
         Some(Code::from_bytes(code.as_bytes()) as usize)
     },
+    ending: |outcome| Ending::Grpc(u16::try_from(outcome).unwrap_or(u16::MAX)),
 };
 
 /// What the service answers over HTTP; 499, as nginx has it, is a caller that went away, and the last stands for any other.
@@ -56,41 +65,70 @@ pub const HTTP_OUTCOMES: Outcomes = Outcomes {
         let known = HTTP_STATUSES.iter().position(|known| *known == status);
         Some(known.unwrap_or(HTTP_STATUSES.len() - 1)).filter(|outcome| *outcome > 0)
     },
+    ending: |outcome| Ending::Http(HTTP_STATUSES[outcome].parse().unwrap_or(0)),
 };
 
 /// Counts the calls of a service.
 #[derive(Clone)]
-pub struct ObserveLayer {
+pub struct ObserveLayer(Arc<Observer>);
+
+/// Who is told of calls.
+struct Observer {
     calls: Arc<Calls>,
     outcomes: Outcomes,
+    traces: Arc<Traces>,
 }
 
 impl ObserveLayer {
     /// `calls` has as many outcomes as these are.
     #[must_use]
-    pub fn new(calls: Arc<Calls>, outcomes: Outcomes) -> Self {
-        Self { calls, outcomes }
+    pub fn new(calls: Arc<Calls>, outcomes: Outcomes, traces: Arc<Traces>) -> Self {
+        Self(Arc::new(Observer {
+            calls,
+            outcomes,
+            traces,
+        }))
     }
 }
 
 /// A service whose calls are counted.
 #[derive(Clone)]
 pub struct Observe<S> {
-    layer: ObserveLayer,
+    observer: Arc<Observer>,
     inner: S,
 }
 
 /// A call under way; it has ended when this is dropped.
 struct Call {
-    calls: Arc<Calls>,
-    method: usize,
+    observer: Arc<Observer>,
+    method: Method,
     outcome: usize,
     since: Instant,
+    /// `None` where nothing is told of the call.
+    begun: Option<Begun>,
+    trail: Option<Trail>,
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
-        self.calls.ended(self.method, self.outcome, self.since);
+        let took = self.since.elapsed();
+        let Observer {
+            calls,
+            outcomes,
+            traces,
+        } = &*self.observer;
+        calls.ended(self.method.index, self.outcome, took);
+        if let (Some(begun), Some(trail)) = (&self.begun, &self.trail) {
+            let call = traces::Call {
+                method: self.method.name,
+                ending: (outcomes.ending)(self.outcome),
+                since: self.since,
+                took,
+                is_stream: self.method.answer != Answer::Message,
+                is_cached: self.method.class == Class::Check,
+            };
+            traces.end(begun, trail, &call);
+        }
     }
 }
 
@@ -110,7 +148,7 @@ impl<S> Layer<S> for ObserveLayer {
 
     fn layer(&self, inner: S) -> Observe<S> {
         Observe {
-            layer: self.clone(),
+            observer: Arc::clone(&self.0),
             inner,
         }
     }
@@ -129,19 +167,32 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let ObserveLayer { calls, outcomes } = &self.layer;
+        let Observer {
+            calls,
+            outcomes,
+            traces,
+        } = &*self.observer;
         let method = Method::of(&request);
         calls.begun(method.index);
+        // Probes and scrapes are many, and nobody follows them.
+        let begun = match method.class {
+            Class::Free => None,
+            Class::Check | Class::List => traces.begin(request.headers()),
+        };
+        let (begun, trail) = begun.unzip();
+        let mut call = Call {
+            observer: Arc::clone(&self.observer),
+            method,
+            outcome: outcomes.cancelled,
+            since: Instant::now(),
+            begun,
+            trail,
+        };
         Observed {
-            call: Some(Call {
-                calls: Arc::clone(calls),
-                method: method.index,
-                outcome: outcomes.cancelled,
-                since: Instant::now(),
-            }),
-            outcomes: *outcomes,
             is_whole: method.answer == Answer::Message,
-            answer: self.inner.call(request),
+            answer: trail::within(&mut call.trail, || self.inner.call(request)),
+            outcomes: *outcomes,
+            call: Some(call),
         }
     }
 }
@@ -154,7 +205,11 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let answer = ready!(this.answer.poll(context));
+        let answer = match this.call {
+            Some(call) => trail::within(&mut call.trail, || this.answer.poll(context)),
+            None => this.answer.poll(context),
+        };
+        let answer = ready!(answer);
         let (mut call, outcomes) = (this.call.take(), *this.outcomes);
         Poll::Ready(answer.map(|response| {
             let other = (outcomes.other)(response.status(), response.headers());

@@ -42,6 +42,7 @@ use crate::{
     },
     limits::Limits,
     telemetry::Metrics,
+    traces::Traces,
 };
 
 /// Of a request but a batch: a setting that names 10,000 users by ids of 36 bytes, with room.
@@ -76,6 +77,7 @@ pub struct Entrance {
     pub limits: Arc<Limits>,
     /// By method and outcome: see [`HTTP_OUTCOMES`].
     pub calls: Arc<Calls>,
+    pub traces: Arc<Traces>,
     /// With TLS, browsers are told never to come without it.
     pub has_tls: bool,
 }
@@ -113,13 +115,14 @@ impl Entrance {
             authenticator,
             limits,
             calls,
+            traces,
             has_tls,
         } = self;
         let is_open = authenticator.is_open();
         routes.layer(
             ServiceBuilder::new()
                 .layer(middleware::from_fn(headers::with_request_id))
-                .layer(ObserveLayer::new(calls, HTTP_OUTCOMES))
+                .layer(ObserveLayer::new(calls, HTTP_OUTCOMES, traces))
                 .map_response(move |response| headers::secured(response, has_tls))
                 .option_layer(headers::cors(cors_origins))
                 .layer(middleware::from_fn(failure::as_json))

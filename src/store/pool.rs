@@ -20,6 +20,7 @@ use super::{
     CONNECT_TIMEOUT, DatabaseUrl, StoreError,
     timings::{Question, Timings},
 };
+use crate::trail::{self, Kind};
 
 /// How long a question waits for a connection: longer than most statements take, shorter than a caller's patience.
 const ACQUIRE_WAIT_MAX: Duration = Duration::from_secs(1);
@@ -104,6 +105,7 @@ impl Connections {
         if self.pool.status().waiting >= WAITING_MAX {
             return Err(StoreError::Busy);
         }
+        let _waits = trail::begin(Kind::Connection);
         Ok(Connection {
             connection: self.pool.get().await?,
             tls: self.tls.clone(),
@@ -174,11 +176,13 @@ impl Connection {
             timings,
         } = self;
         let since = Instant::now();
+        let step = trail::begin(Kind::Statement(question.name()));
         let done = tokio::select! {
             biased;
             done = work(&mut connection) => Some(done),
             () = given_up => None,
         };
+        drop(step);
         timings.ended(question, since);
         if done.is_some() {
             return done;

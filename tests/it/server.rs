@@ -16,6 +16,7 @@ use hallpass::{
     selfcheck::SAMPLE_EVERY,
     server::{self, Config, Connections, Listener, Listeners, ServeError},
     store::DatabaseUrl,
+    traces,
 };
 use hallpass_client::{
     ClientTls,
@@ -105,6 +106,11 @@ pub(crate) fn config(url: &str) -> Config {
         http: http::Settings {
             environment: "test".to_owned(),
             cors_origins: Vec::new(),
+        },
+        traces: traces::Settings {
+            otlp_endpoint: None,
+            sample_ratio: 0.0,
+            slow_request: Some(Duration::from_millis(500)),
         },
     }
 }

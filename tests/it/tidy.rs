@@ -11,19 +11,24 @@ use std::{
 use hallpass::store::migrations::MIGRATIONS;
 
 /// Each module of the crate and what it may import: nothing that stands above it.
-const MAY_IMPORT: [(&str, &[&str]); 21] = [
+const MAY_IMPORT: [(&str, &[&str]); 23] = [
     ("model", &[]),
     ("embedded", &[]),
     ("counters", &[]),
-    ("store", &["counters", "model"]),
+    ("trail", &[]),
+    ("traces", &["trail"]),
+    ("store", &["counters", "model", "trail"]),
     ("audit", &["feed", "model", "store"]),
     ("auth", &["model", "store"]),
     ("cache", &["model"]),
     ("limits", &["auth"]),
-    ("config", &["limits", "store"]),
+    ("config", &["limits", "store", "traces"]),
     ("history", &["cache", "model"]),
     ("feed", &["cache", "history", "model", "store"]),
-    ("loader", &["cache", "counters", "feed", "model", "store"]),
+    (
+        "loader",
+        &["cache", "counters", "feed", "model", "store", "trail"],
+    ),
     (
         "check",
         &[
@@ -35,6 +40,7 @@ const MAY_IMPORT: [(&str, &[&str]); 21] = [
             "model",
             "selfcheck",
             "store",
+            "trail",
         ],
     ),
     ("selfcheck", &["cache", "feed", "model", "store"]),
@@ -43,18 +49,26 @@ const MAY_IMPORT: [(&str, &[&str]); 21] = [
         "grpc",
         &[
             "audit", "auth", "cache", "check", "counters", "feed", "limits", "loader", "model",
-            "store", "upkeep",
+            "store", "traces", "trail", "upkeep",
         ],
     ),
     (
         "telemetry",
         &[
-            "audit", "auth", "check", "counters", "grpc", "limits", "model", "store",
+            "audit", "auth", "check", "counters", "grpc", "limits", "model", "store", "traces",
         ],
     ),
     (
         "http",
-        &["auth", "counters", "grpc", "limits", "model", "telemetry"],
+        &[
+            "auth",
+            "counters",
+            "grpc",
+            "limits",
+            "model",
+            "telemetry",
+            "traces",
+        ],
     ),
     (
         "server",
@@ -73,6 +87,7 @@ const MAY_IMPORT: [(&str, &[&str]); 21] = [
             "selfcheck",
             "store",
             "telemetry",
+            "traces",
             "upkeep",
         ],
     ),
@@ -96,8 +111,9 @@ const MAY_IMPORT: [(&str, &[&str]); 21] = [
 ];
 
 /// Crates that only some modules may name. A prefix stands for the family: `tonic` for `tonic_health` too.
-const CRATES: [(&str, &[&str]); 3] = [
-    ("tonic", &["grpc", "http", "server", "cli"]),
+const CRATES: [(&str, &[&str]); 4] = [
+    ("tonic", &["grpc", "http", "server", "cli", "traces"]),
+    ("opentelemetry", &["traces"]),
     ("tokio_postgres", &["store", "embedded"]),
     ("deadpool", &["store"]),
 ];

@@ -11,6 +11,7 @@ use crate::{
     grpc::{admin_service::UserOverride, v1},
     model::OrganizationId,
     store::admin::{Actor, Micros, Step},
+    traces::Parent,
 };
 
 /// Settings of one bulk change: a catalog many times over.
@@ -49,14 +50,13 @@ impl Origin {
         let text = |name| metadata.get(name).and_then(|value| value.to_str().ok());
         // Visible ASCII: it may be cut anywhere.
         let cut = |name| text(name).map(|text| text[..text.len().min(ORIGIN_BYTES_MAX)].to_owned());
-        // version-trace-parent-flags: https://www.w3.org/TR/trace-context/
-        let trace_id = text("traceparent").and_then(|parent| parent.split('-').nth(1));
-        let is_trace = |id: &&str| id.len() == 32 && id.bytes().all(|c| c.is_ascii_hexdigit());
+        let parent = Parent::of(metadata.as_ref());
         Self {
             address,
             user_agent: cut("user-agent"),
             request_id: cut("x-request-id"),
-            trace_id: trace_id.filter(is_trace).map(str::to_owned),
+            // Whether or not the call is traced here: the caller's own spans have it.
+            trace_id: parent.map(|parent| parent.trace_id.to_string()),
         }
     }
 }

@@ -172,3 +172,18 @@ impl SpanExporter for Counted {
         self.exporter.set_resource(resource);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_waits_whole_or_is_dropped_whole() {
+        let counts = Counts::default();
+        assert!(counts.take_room(WAITING_SPANS_MAX - 1));
+        assert!(!counts.take_room(2));
+        assert!(counts.take_room(1));
+        assert!(!counts.take_room(1));
+        assert_eq!(counts.dropped.load(Ordering::Relaxed), 3);
+    }
+}

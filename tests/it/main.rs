@@ -93,6 +93,7 @@ mod tidy;
 mod tls;
 mod tokens;
 mod torture;
+mod traces;
 mod uninstall;
 mod upgrade;
 mod web;

@@ -1,0 +1,506 @@
+//! What a collector of traces hears of calls, what audit entries and the log say of them; and that nobody waits for it.
+
+use std::{
+    fs,
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use hallpass::auth::api_key::Pepper;
+use hallpass::server::Config;
+use hallpass_client::{
+    tonic::{Code, Request, Response, Status, transport},
+    v1::{
+        CheckPermissionRequest, PutMemberRequest, admin_service_client::AdminServiceClient,
+        permission_service_client::PermissionServiceClient,
+    },
+};
+use opentelemetry_proto::tonic::{
+    collector::trace::v1::{
+        ExportTraceServiceRequest, ExportTraceServiceResponse,
+        trace_service_server::{TraceService, TraceServiceServer},
+    },
+    common::v1::any_value::Value,
+    trace::v1::{Span, span::SpanKind},
+};
+use serde_json::json;
+use tokio::{net::TcpListener, process::Command};
+use tokio_stream::wrappers::TcpListenerStream;
+
+use crate::{
+    database::{Database, as_role, eventually},
+    keyring::{Made, TIMING, config_with_keys},
+    names::id,
+    server::{APPROVE, Server, config, fill, now, question},
+    support::{HALLPASS, temporary_directory},
+    web::Web,
+};
+
+const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+const SPAN: &str = "00f067aa0ba902b7";
+
+/// Sampled by whoever calls.
+fn sampled() -> String {
+    parent(TRACE, "01")
+}
+
+fn parent(trace: &str, flags: &str) -> String {
+    format!("00-{trace}-{SPAN}-{flags}")
+}
+
+/// A trace of a test's own, to tell it from others.
+fn trace(number: u32) -> String {
+    format!("{number:032x}")
+}
+
+/// Takes traces, and keeps them.
+#[derive(Clone, Default)]
+struct Collector(Arc<Mutex<Vec<Span>>>);
+
+#[hallpass_client::tonic::async_trait]
+impl TraceService for Collector {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        let resources = request.into_inner().resource_spans.into_iter();
+        let scopes = resources.flat_map(|resource| resource.scope_spans);
+        let spans = scopes.flat_map(|scope| scope.spans);
+        self.0.lock().unwrap().extend(spans);
+        Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+impl Collector {
+    /// A collector, and where it takes traces.
+    async fn start() -> (Self, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let collector = Self::default();
+        let service = TraceServiceServer::new(collector.clone());
+        let server = transport::Server::builder().add_service(service);
+        drop(tokio::spawn(
+            server.serve_with_incoming(TcpListenerStream::new(listener)),
+        ));
+        (collector, endpoint)
+    }
+
+    fn spans(&self) -> Vec<Span> {
+        self.0.lock().unwrap().clone()
+    }
+
+    /// The spans of a trace, its call's first, as soon as that is there: it is exported last.
+    async fn trace(&self, trace: &str) -> Vec<Span> {
+        let of_trace = || -> Vec<Span> {
+            let mut spans = self.spans();
+            spans.retain(|span| hex(&span.trace_id) == trace);
+            spans.sort_by_key(|span| span.kind != SpanKind::Server as i32);
+            spans
+        };
+        eventually("the call's span is exported", async || {
+            let spans = of_trace();
+            spans.first().is_some_and(is_call)
+        })
+        .await;
+        of_trace()
+    }
+
+    fn calls(&self) -> Vec<Span> {
+        self.spans().into_iter().filter(is_call).collect()
+    }
+}
+
+fn is_call(span: &Span) -> bool {
+    span.kind == SpanKind::Server as i32
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn names(spans: &[Span]) -> Vec<&str> {
+    spans.iter().map(|span| span.name.as_str()).collect()
+}
+
+/// `key=value` of each, in order of the keys.
+fn attributes(span: &Span) -> String {
+    let shown = |value: &Value| match value {
+        Value::StringValue(text) => text.clone(),
+        Value::IntValue(number) => number.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let mut attributes: Vec<String> = (span.attributes.iter())
+        .map(|attribute| {
+            let value = attribute.value.as_ref().unwrap().value.as_ref().unwrap();
+            format!("{}={}", attribute.key, shown(value))
+        })
+        .collect();
+    attributes.sort();
+    attributes.join(" ")
+}
+
+fn with_parent<T>(message: T, parent: &str) -> Request<T> {
+    let mut request = Request::new(message);
+    let metadata = request.metadata_mut();
+    metadata.insert("traceparent", parent.parse().unwrap());
+    request
+}
+
+fn traced(url: &str, endpoint: &str) -> Config {
+    let mut config = config(url);
+    config.traces.otlp_endpoint = Some(endpoint.to_owned());
+    config
+}
+
+async fn filled() -> Database {
+    let database = Database::create().await;
+    fill(&database.client().await).await;
+    database
+}
+
+#[tokio::test]
+async fn a_caller_s_trace_goes_on_through_the_waits_and_the_statement() {
+    let (database, (collector, endpoint)) = tokio::join!(filled(), Collector::start());
+    let server = Server::start(traced(&database.url, &endpoint)).await;
+    let ask = async |question: CheckPermissionRequest, trace: &str| {
+        let mut request = with_parent(question, &parent(trace, "01"));
+        let state = "vendor=what-it-likes".parse().unwrap();
+        request.metadata_mut().insert("tracestate", state);
+        server.try_check(request).await
+    };
+
+    ask(now(question("lincoln", "ann", APPROVE)), TRACE)
+        .await
+        .unwrap();
+    let spans = collector.trace(TRACE).await;
+    let call = &spans[0];
+    assert_eq!(call.name, "hallpass.v1.PermissionService/CheckPermission");
+    assert_eq!(hex(&call.parent_span_id), SPAN);
+    assert_eq!(call.trace_state, "vendor=what-it-likes");
+    assert_eq!(
+        attributes(call),
+        "hallpass.source=database rpc.grpc.status_code=0 rpc.method=CheckPermission \
+         rpc.service=hallpass.v1.PermissionService rpc.system=grpc"
+    );
+    let mut waits = names(&spans[1..]);
+    waits.sort_unstable();
+    assert_eq!(waits, ["load", "wait for a connection", "wait for a load"]);
+    for span in &spans[1..] {
+        assert_eq!(span.parent_span_id, call.span_id, "{}", span.name);
+        assert!(span.start_time_unix_nano >= call.start_time_unix_nano);
+        assert!(span.end_time_unix_nano <= call.end_time_unix_nano);
+        assert!(span.start_time_unix_nano <= span.end_time_unix_nano);
+    }
+    let statement = spans.iter().find(|span| span.name == "load").unwrap();
+    assert_eq!(statement.kind, SpanKind::Client as i32);
+    assert_eq!(
+        attributes(statement),
+        "db.operation.name=load db.system.name=postgresql"
+    );
+
+    // Once it is cached there is nothing to wait for.
+    server.check("lincoln", "ann", APPROVE).await;
+    let cached = trace(2);
+    let answer = ask(question("lincoln", "ann", APPROVE), &cached).await;
+    assert!(answer.unwrap().is_cached());
+    let spans = collector.trace(&cached).await;
+    assert_eq!(spans.len(), 1);
+    assert!(attributes(&spans[0]).starts_with("hallpass.source=cache "));
+
+    // What failed says with what.
+    let malformed = trace(3);
+    let refused = ask(CheckPermissionRequest::default(), &malformed).await;
+    assert_eq!(refused.unwrap_err().code(), Code::InvalidArgument);
+    let spans = collector.trace(&malformed).await;
+    assert!(attributes(&spans[0]).starts_with("rpc.grpc.status_code=3 "));
+    // The caller's fault is no error of the service's.
+    assert_eq!(spans[0].status.as_ref().unwrap().code, 0);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_trace_goes_on_over_http_and_through_changes() {
+    let (database, (collector, endpoint)) = tokio::join!(filled(), Collector::start());
+    let mut config = traced(&database.url, &endpoint);
+    let login = as_role(&database.url, "hallpass_admin");
+    config.admin_database = Some(login.parse().unwrap());
+    let server = Server::start(config).await;
+
+    let question = json!({
+        "organization_id": id("lincoln"), "user_id": id("ann"), "permission": APPROVE,
+        "consistency": {"fully_consistent": true},
+    });
+    let over_http = trace(1);
+    let answer = Web::at(server.http)
+        .with("traceparent", &parent(&over_http, "01"))
+        .post("/v1/check", &question)
+        .await;
+    assert_eq!(answer.status, 200);
+    let spans = collector.trace(&over_http).await;
+    assert_eq!(spans[0].name, "POST /v1/check");
+    assert!(
+        attributes(&spans[0]).ends_with(
+            "http.request.method=POST http.response.status_code=200 http.route=/v1/check"
+        )
+    );
+    assert!(names(&spans).contains(&"load"));
+
+    let change = trace(2);
+    let request = with_parent(put_member("eve"), &parent(&change, "01"));
+    let mut admin = AdminServiceClient::new(server.channel.clone());
+    admin.put_member(request).await.unwrap();
+    let spans = collector.trace(&change).await;
+    assert!(names(&spans).contains(&"change"), "{:?}", names(&spans));
+    server.stop().await;
+}
+
+fn put_member(user: &str) -> PutMemberRequest {
+    PutMemberRequest {
+        organization_id: id("lincoln").to_string(),
+        user_id: id(user).to_string(),
+        role: "volunteer".to_owned(),
+        ..PutMemberRequest::default()
+    }
+}
+
+#[tokio::test]
+async fn what_nobody_samples_is_not_exported() {
+    let (database, (collector, endpoint)) = tokio::join!(filled(), Collector::start());
+    let server = Server::start(traced(&database.url, &endpoint)).await;
+    let ask = async |parent: &str| {
+        let question = now(question("lincoln", "ann", APPROVE));
+        server
+            .try_check(with_parent(question, parent))
+            .await
+            .unwrap();
+    };
+    server.check_now("lincoln", "ann", APPROVE).await;
+    ask(&parent(&trace(1), "00")).await;
+    ask("no traceparent").await;
+    ask(&parent(&trace(0), "01")).await;
+    // What is sent after them is there: nor does the rest come.
+    ask(&parent(&trace(2), "01")).await;
+    server.stop().await;
+    let calls = collector.calls();
+    assert_eq!(calls.len(), 1, "{:?}", names(&calls));
+    assert_eq!(hex(&calls[0].trace_id), trace(2));
+}
+
+#[tokio::test]
+async fn a_ratio_decides_for_callers_who_do_not_and_a_stop_sends_the_rest() {
+    let (database, (collector, endpoint)) = tokio::join!(filled(), Collector::start());
+    let mut config = traced(&database.url, &endpoint);
+    config.traces.sample_ratio = 1.0;
+    let server = Server::start(config).await;
+    server.check_now("lincoln", "ann", APPROVE).await;
+    let unsampled = with_parent(question("lincoln", "ann", APPROVE), &parent(TRACE, "00"));
+    server.try_check(unsampled).await.unwrap();
+    // Health is asked for all the time.
+    server.health("").await;
+    server.stop().await;
+    let calls = collector.calls();
+    assert_eq!(
+        names(&calls),
+        ["hallpass.v1.PermissionService/CheckPermission"]
+    );
+    assert!(calls[0].parent_span_id.is_empty());
+}
+
+#[tokio::test]
+async fn a_stranger_has_nothing_traced() {
+    let (database, (collector, endpoint)) = tokio::join!(filled(), Collector::start());
+    let key = Made::default().make(&database.url).await;
+    let mut config = config_with_keys(&database.url, TIMING, Pepper::default());
+    config.traces.otlp_endpoint = Some(endpoint);
+    let server = Server::start(config).await;
+    let ask = async |credential: &str, parent: &str| {
+        let mut request = with_parent(question("lincoln", "ann", APPROVE), parent);
+        let bearer = format!("Bearer {credential}").parse().unwrap();
+        request.metadata_mut().insert("authorization", bearer);
+        let mut client = PermissionServiceClient::new(server.channel.clone());
+        let answer = client.check_permission(request).await;
+        answer.map_or_else(|status| status.code(), |_| Code::Ok)
+    };
+    let refused = ask("hp_made_up", &parent(&trace(1), "01")).await;
+    assert_eq!(refused, Code::Unauthenticated);
+    assert_eq!(ask(&key, &parent(&trace(2), "01")).await, Code::Ok);
+    server.stop().await;
+    let calls = collector.calls();
+    let traces: Vec<_> = calls.iter().map(|span| hex(&span.trace_id)).collect();
+    assert_eq!(traces, [trace(2)]);
+}
+
+/// What the metrics say became of so many spans.
+async fn spans_that(server: &Server, outcome: &str) -> u32 {
+    let page = Web::at(server.ops).get("/metrics").await;
+    let page = String::from_utf8(page.bytes.to_vec()).unwrap();
+    let name = format!("hallpass_trace_spans_total{{outcome=\"{outcome}\"}} ");
+    let counted = page.lines().find_map(|line| line.strip_prefix(&name));
+    counted.unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn whoever_has_every_call_traced_has_some_of_them_traced() {
+    const CALLS: u32 = 1_000;
+    let (database, (collector, endpoint)) = tokio::join!(filled(), Collector::start());
+    let server = Server::start(traced(&database.url, &endpoint)).await;
+    server.check("lincoln", "ann", APPROVE).await;
+    let began = Instant::now();
+    for call in 1..=CALLS {
+        let request = with_parent(
+            question("lincoln", "ann", APPROVE),
+            &parent(&trace(call), "01"),
+        );
+        server.try_check(request).await.unwrap();
+    }
+    // A hundred at once, and a hundred a second after that.
+    let most = 100 + 100 * (began.elapsed().as_secs() + 1);
+    eventually("each span is counted", async || {
+        let exported = spans_that(&server, "exported").await;
+        exported + spans_that(&server, "dropped").await == CALLS
+    })
+    .await;
+    server.stop().await;
+    let traced = collector.calls().len() as u64;
+    assert!(
+        (100..=most.min(u64::from(CALLS) - 1)).contains(&traced),
+        "{traced} of {most}"
+    );
+}
+
+#[tokio::test]
+async fn a_collector_that_is_away_or_hangs_holds_up_nobody() {
+    let database = filled().await;
+    let hangs = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let closed = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addresses = [&closed, &hangs].map(|listener| listener.local_addr().unwrap());
+    drop(closed);
+    for address in addresses {
+        let server = Server::start(traced(&database.url, &format!("http://{address}"))).await;
+        for call in 1..=200 {
+            let question = question("lincoln", "ann", APPROVE);
+            let request = with_parent(question, &parent(&trace(call), "01"));
+            let answer = server.try_check(request).await.unwrap();
+            assert_eq!(answer.said, "allow GRANTED_BY_ROLE");
+        }
+        let stopped = Instant::now();
+        server.stop().await;
+        let took = stopped.elapsed();
+        assert!(took < Duration::from_secs(4), "{address}: {took:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_audit_entry_has_the_caller_s_trace_sampled_or_not() {
+    let database = filled().await;
+    let mut config = config(&database.url);
+    let login = as_role(&database.url, "hallpass_admin");
+    config.admin_database = Some(login.parse().unwrap());
+    let server = Server::start(config).await;
+    let sql = database.client().await;
+    let mut admin = AdminServiceClient::new(server.channel.clone());
+    let upper = TRACE.to_uppercase();
+    let cases = [
+        ("sampled", sampled(), Some(TRACE)),
+        ("unsampled", parent(TRACE, "00"), Some(TRACE)),
+        ("malformed", parent(&upper, "01"), None),
+        ("nil", parent(&trace(0), "01"), None),
+    ];
+    for (user, parent, expected) in cases {
+        let request = with_parent(put_member(user), &parent);
+        admin.put_member(request).await.unwrap();
+        let select =
+            "SELECT trace_id FROM public.permission_audit_log ORDER BY created_at DESC LIMIT 1";
+        let found: Option<String> = sql.query_one(select, &[]).await.unwrap().get(0);
+        assert_eq!(found.as_deref(), expected, "{user}");
+    }
+}
+
+#[tokio::test]
+async fn a_slow_call_is_logged_with_where_its_time_went() {
+    let database = filled().await;
+    let directory = temporary_directory();
+    let (socket, log) = (
+        directory.path().join("socket"),
+        directory.path().join("log"),
+    );
+    let mut service = Command::new(HALLPASS)
+        .args(["serve", "--slow-request=300ms", "--lame-duck=0ms"])
+        .arg("--database-url")
+        .arg(as_role(&database.url, "hallpass_service"))
+        .arg(format!("--grpc-listen=unix:{}", socket.display()))
+        .args(["--http-listen=none", "--ops-listen=none"])
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&log).unwrap())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let read = || fs::read_to_string(&log).unwrap();
+    eventually("the service is ready", async || read().contains(" ready ")).await;
+    let endpoint = format!("unix:{}", socket.display());
+    let channel = hallpass_client::connect(&endpoint).await.unwrap();
+    let mut client = PermissionServiceClient::new(channel);
+    client
+        .check_permission(question("lincoln", "ann", APPROVE))
+        .await
+        .unwrap();
+
+    let mut holder = database.client().await;
+    let lock = holder.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE public.profiles")
+        .await
+        .unwrap();
+    let request = with_parent(now(question("lincoln", "ann", APPROVE)), &sampled());
+    let asked = tokio::spawn(async move { client.check_permission(request).await });
+    let observer = database.client().await;
+    let blocked = Instant::now();
+    eventually("the statement has waited long enough", async || {
+        let waits = "SELECT count(*) > 0 FROM pg_stat_activity
+                     WHERE datname = current_database() AND wait_event_type = 'Lock'
+                     AND clock_timestamp() - query_start > '400 ms'";
+        observer.query_one(waits, &[]).await.unwrap().get(0)
+    })
+    .await;
+    assert!(blocked.elapsed() < Duration::from_secs(4));
+    lock.rollback().await.unwrap();
+    asked.await.unwrap().unwrap();
+    eventually("the slow call is logged", async || {
+        read().contains("a slow call")
+    })
+    .await;
+    service.kill().await.unwrap();
+
+    let log = read();
+    let lines: Vec<&str> = log
+        .lines()
+        .filter(|line| line.contains("a slow call"))
+        .collect();
+    let [line] = lines[..] else { panic!("{log}") };
+    assert!(line.contains("WARN"), "{line}");
+    let field = |name: &str| {
+        let (_, rest) = line
+            .split_once(&format!("{name}="))
+            .unwrap_or_else(|| panic!("{name}: {line}"));
+        rest.split(' ').next().unwrap().trim_matches('"')
+    };
+    let millis = |name: &str| field(name).parse::<u64>().unwrap();
+    assert_eq!(
+        field("method"),
+        "/hallpass.v1.PermissionService/CheckPermission"
+    );
+    assert_eq!(field("trace_id"), TRACE);
+    assert_eq!(field("statements"), "load");
+    assert!(millis("database_ms") >= 400, "{line}");
+    let parts = [
+        "authentication_ms",
+        "queue_ms",
+        "connection_ms",
+        "database_ms",
+        "rest_ms",
+    ];
+    let sum: u64 = parts.into_iter().map(millis).sum();
+    let took = millis("took_ms");
+    assert!(took - 5 <= sum && sum <= took, "{line}");
+    assert!(!line.contains(&id("ann").to_string()), "{line}");
+}

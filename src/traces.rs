@@ -224,7 +224,10 @@ impl Exporter {
             Some(parent) => context.with_remote_span_context(parent.context()),
             None => context,
         };
-        // Steps are timed by the monotonic clock, spans by the wall's.
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "other services' spans are told by the wall's clock, and nothing is decided by these"
+        )]
         let began = SystemTime::now() - call.took;
         let at = |instant: Instant| began + instant.saturating_duration_since(call.since);
         let until = call.since + call.took;

@@ -22,16 +22,14 @@ use super::{
 };
 use crate::{
     auth::{Authenticator, Peer},
-    counters::Calls,
     grpc::{
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
-        observe::{GRPC_OUTCOMES, ObserveLayer},
+        observe::ObserveLayer,
         v1,
     },
     http::Services,
     limits::Limits,
-    traces::Traces,
 };
 
 /// 10,000 items, with two ids of 36 bytes each and a permission's key of 76 on average: three times as long as keys are.
@@ -83,8 +81,7 @@ pub(super) async fn serve_grpc(
     routes: Routes,
     authenticator: Arc<Authenticator>,
     limits: Arc<Limits>,
-    calls: Arc<Calls>,
-    traces: Arc<Traces>,
+    observe: ObserveLayer,
     acceptor: Acceptor,
     connections: Connections,
     stop: impl Future<Output = ()>,
@@ -92,7 +89,7 @@ pub(super) async fn serve_grpc(
     listen(&connections)
         // What a call comes through, from outside: the counting of all, a place among those in flight and its address's share, a time by
         // which it ends, who calls and whether that fits, and the caller's share.
-        .layer(ObserveLayer::new(calls, GRPC_OUTCOMES, traces))
+        .layer(observe)
         .layer(DoorLayer(Arc::clone(&limits)))
         .layer(DeadlineLayer(Arc::clone(&limits)))
         .layer(GateLayer(authenticator, Arc::clone(&limits)))

@@ -7,8 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hallpass::auth::api_key::Pepper;
-use hallpass::server::Config;
+use hallpass::{
+    auth::{api_key::Pepper, keys::Timing},
+    server::Config,
+};
 use hallpass_client::{
     tonic::{Code, Request, Response, Status, transport},
     v1::{
@@ -311,7 +313,12 @@ async fn a_ratio_decides_for_callers_who_do_not_and_a_stop_sends_the_rest() {
 async fn a_stranger_has_nothing_traced() {
     let (database, (collector, endpoint)) = tokio::join!(filled(), Collector::start());
     let key = Made::default().make(&database.url).await;
-    let mut config = config_with_keys(&database.url, TIMING, Pepper::default());
+    // Memory answers for no key: each waits for the database.
+    let timing = Timing {
+        staleness_bound: Duration::ZERO,
+        ..TIMING
+    };
+    let mut config = config_with_keys(&database.url, timing, Pepper::default());
     config.traces.otlp_endpoint = Some(endpoint);
     let server = Server::start(config).await;
     let ask = async |credential: &str, parent: &str| {
@@ -329,6 +336,12 @@ async fn a_stranger_has_nothing_traced() {
     let calls = collector.calls();
     let traces: Vec<_> = calls.iter().map(|span| hex(&span.trace_id)).collect();
     assert_eq!(traces, [trace(2)]);
+    let spans = collector.trace(&trace(2)).await;
+    assert!(
+        names(&spans).contains(&"authentication"),
+        "{:?}",
+        names(&spans)
+    );
 }
 
 /// What the metrics say became of so many spans.

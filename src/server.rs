@@ -202,7 +202,7 @@ pub async fn run(
         Arc::clone(&checker.cache),
         Arc::clone(&checker.progress),
     ));
-    let observed = Observed::new();
+    let observed = Observed::default();
     let (samples, sampled) = watch::channel(None);
     background.spawn(upkeep::sample(
         config.database.clone(),

@@ -31,7 +31,7 @@ endif
 NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/node_modules/.package-lock.json
 PYTHON = target/python/bin/python
 
-.PHONY: help demo examples test lint lint-dependencies lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
+.PHONY: help demo examples test lint lint-alerts lint-dependencies lint-deploy lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
 	audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
@@ -63,7 +63,7 @@ target/python/installed: examples/python/requirements.txt $(wildcard proto/*/*/*
 		hallpass/v1/audit_service.proto hallpass/v1/permission_service.proto
 	@touch $@
 
-lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-http lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contracts and the scripts
+lint: lint-mutants lint-alerts lint-deploy lint-rust lint-dependencies lint-fuzz lint-proto lint-http lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contracts, alerts, manifests and the scripts
 
 lint-rust:
 	@tools/prerequisites.sh rust rust-lints cc c++
@@ -89,6 +89,16 @@ $(SCHEMATHESIS): tools/schemathesis.txt
 	python3 -m venv $(@:/bin/schemathesis=)
 	$(@:/bin/schemathesis=)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
+
+# The alerts are raised and end when they should: the rules alone, without a Prometheus that runs.
+lint-alerts:
+	@tools/prerequisites.sh promtool
+	promtool check config deploy/prometheus/prometheus.yml
+	cd deploy/prometheus && promtool test rules hallpass.rules.test.yml hallpass.budget.test.yml
+
+lint-deploy: $(KUSTOMIZE)
+	@tools/prerequisites.sh python systemd-analyze
+	@tools/deploy.sh $(KUSTOMIZE)
 
 lint-scripts:
 	@tools/prerequisites.sh shellcheck

@@ -3,12 +3,13 @@
 CARGO = cargo
 BUF = tools/node_modules/.bin/buf
 IMAGE = proto/hallpass.v1.binpb
-SCRIPTS = .ci/run tools/*.sh fuzz/*.sh
+SCRIPTS = .ci/run tools/*.sh fuzz/*.sh deploy/compose/*.sh
 
 # cargo's tools that are not Rust's own, built from their authors' lock files.
 TOOLS = $(or $(CARGO_TARGET_DIR),target)/tools
 DENY = $(TOOLS)/cargo-deny-0.20.2/bin/cargo-deny
 CYCLONEDX = $(TOOLS)/cargo-cyclonedx-0.5.9/bin/cargo-cyclonedx
+DEPLOY_PYTHON = $(or $(CARGO_TARGET_DIR),target)/python-deploy
 SCHEMATHESIS = $(or $(CARGO_TARGET_DIR),target)/python-schemathesis/bin/schemathesis
 
 # A rustup that was installed a minute ago is not on PATH yet.
@@ -96,9 +97,16 @@ lint-alerts:
 	promtool check config deploy/prometheus/prometheus.yml
 	cd deploy/prometheus && promtool test rules hallpass.rules.test.yml hallpass.budget.test.yml
 
-lint-deploy: $(KUSTOMIZE)
-	@tools/prerequisites.sh python systemd-analyze
-	@tools/deploy.sh $(KUSTOMIZE)
+# The unit, the image and the manifests, as far as they can be judged without systemd, Docker and a cluster.
+lint-deploy: $(DEPLOY_PYTHON)/installed
+	@tools/prerequisites.sh systemd-analyze kubectl
+	@tools/deploy.sh $(DEPLOY_PYTHON)/bin
+
+$(DEPLOY_PYTHON)/installed: tools/deploy.txt
+	@tools/prerequisites.sh python
+	python3 -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 lint-scripts:
 	@tools/prerequisites.sh shellcheck

@@ -138,6 +138,11 @@ systemd_analyze() {
     command -v systemd-analyze >/dev/null || install systemd-analyze '' systemd
 }
 
+# Its own kustomize shows what an overlay comes to.
+kubectl_program() {
+    command -v kubectl >/dev/null || install kubectl 'brew install kubernetes-cli' kubernetes-client
+}
+
 for thing; do
     case $thing in
         rust) rust ;;
@@ -151,6 +156,7 @@ for thing; do
         shellcheck) shellcheck_program ;;
         promtool) promtool_program ;;
         systemd-analyze) systemd_analyze ;;
+        kubectl) kubectl_program ;;
         *) die "$0 knows no \`$thing\`" ;;
     esac
 done

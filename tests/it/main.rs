@@ -20,6 +20,7 @@ mod adopted;
 mod adopted_scenarios;
 mod adoption;
 mod alerts;
+mod alerts_fire;
 mod analysis;
 mod answers;
 mod audit;

@@ -126,7 +126,7 @@ impl Service {
     async fn start(port: u16, arguments: &[&str]) -> Result<Self> {
         let process = Command::new(env!("CARGO_BIN_EXE_hallpass"))
             .args(arguments)
-            .args(["--http-listen", "none"])
+            .args(["--http-listen", "none", "--ops-listen", "none"])
             .args(["--grpc-listen", &format!("127.0.0.1:{port}")])
             .env("RUST_LOG", "error")
             .stdout(Stdio::null())

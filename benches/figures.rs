@@ -183,7 +183,15 @@ impl Service {
     async fn start(command: &str, data_dir: &Path) -> Result<Self> {
         let started = Instant::now();
         let mut process = Command::new(env!("CARGO_BIN_EXE_hallpass"))
-            .args([command, "--http-listen", "none", "--grpc-listen", LISTEN])
+            .args([
+                command,
+                "--http-listen",
+                "none",
+                "--ops-listen",
+                "none",
+                "--grpc-listen",
+                LISTEN,
+            ])
             .arg("--data-dir")
             .arg(data_dir)
             .env("RUST_LOG", "info")

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use moka::sync::Cache as Moka;
+use moka::{notification::RemovalCause, sync::Cache as Moka};
 
 use crate::model::{Change, OrganizationId, Position, Subject, SubjectPermissions};
 
@@ -68,6 +68,8 @@ pub struct Invalidations {
     pub everything: AtomicU64,
     /// Histories begun after the first: each ends all entries.
     pub epochs: AtomicU64,
+    /// Entries that made room for others.
+    pub evicted_entries: Arc<AtomicU64>,
 }
 
 /// What the feed has told of the organizations that share a lock.
@@ -96,14 +98,19 @@ impl Cache {
                 ..Stripe::default()
             })
         };
+        let invalidations = Invalidations::default();
+        let evicted = Arc::clone(&invalidations.evicted_entries);
         Self {
             entries: Moka::builder()
                 .max_capacity(capacity)
+                .eviction_listener(move |_, _, cause| {
+                    count(&evicted, cause == RemovalCause::Size);
+                })
                 .build_with_hasher(RandomState::new()),
             epoch: AtomicU64::new(0),
             everything_seq: AtomicI64::new(0),
             stripes: std::iter::repeat_with(closed).take(STRIPES).collect(),
-            invalidations: Invalidations::default(),
+            invalidations,
         }
     }
 
@@ -119,6 +126,13 @@ impl Cache {
             && entry.head.seq >= self.everything_seq.load(Ordering::Acquire)
             && entry.epoch == self.epoch();
         valid.then_some(entry)
+    }
+
+    /// Subjects remembered, and at most; some of them may not be valid any more.
+    #[must_use]
+    pub fn size(&self) -> (u64, u64) {
+        let capacity = self.entries.policy().max_capacity();
+        (self.entries.entry_count(), capacity.unwrap_or(u64::MAX))
     }
 
     /// The current epoch: to be taken before a load's SQL is sent, and given to [`Cache::insert`].

@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 
 use crate::{
     cache::{Cache, Entry},
+    counters::Cells,
     feed::Progress,
     loader::{Join, Load, LoadError, Loader},
     model::{BootTime, Position, Reason, Subject, SubjectPermissions},
@@ -87,12 +88,44 @@ impl Known {
     pub fn permissions(&self) -> &SubjectPermissions {
         &self.entry.permissions
     }
+}
 
-    /// The decision for one permission.
-    #[must_use]
-    pub fn decide(&self, permission: &str) -> Reason {
-        self.entry.permissions.decide(permission)
+/// What was answered since the start.
+pub struct Counts {
+    decisions: Cells,
+    /// Subjects found in the cache and believed, and others.
+    lookups: Cells,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self {
+            decisions: Cells::new(Reason::ALL.len() * 2),
+            lookups: Cells::new(2),
+        }
     }
+}
+
+impl Counts {
+    /// A decision that somebody was told.
+    pub fn decided(&self, reason: Reason, source: Source) {
+        self.decisions.add(decision(reason, source), 1);
+    }
+
+    #[must_use]
+    pub fn decisions(&self, reason: Reason, source: Source) -> u64 {
+        self.decisions.sum(decision(reason, source))
+    }
+
+    /// Subjects that were found in the cache, and that were not.
+    #[must_use]
+    pub fn hits_and_misses(&self) -> (u64, u64) {
+        (self.lookups.sum(1), self.lookups.sum(0))
+    }
+}
+
+fn decision(reason: Reason, source: Source) -> usize {
+    reason as usize * 2 + source as usize
 }
 
 /// Answers checks.
@@ -103,6 +136,7 @@ pub struct Checker {
     pub store: Arc<Store>,
     pub staleness_bound: Duration,
     pub sampler: Sampler,
+    pub counts: Counts,
     /// Questions to the database about positions: see `position.rs`.
     position_turns: Arc<Semaphore>,
 }
@@ -124,6 +158,7 @@ impl Checker {
             store,
             staleness_bound,
             sampler,
+            counts: Counts::default(),
             position_turns: Arc::new(Semaphore::new(position::QUESTIONS_MAX)),
         }
     }
@@ -238,6 +273,14 @@ impl Checker {
         Ok((answer, from_database(head, sent_at, arrived)))
     }
 
+    /// The decision for one permission, to be told to somebody.
+    #[must_use]
+    pub fn decide(&self, known: &Known, permission: &str) -> Reason {
+        let reason = known.entry.permissions.decide(permission);
+        self.counts.decided(reason, known.evidence.source);
+        reason
+    }
+
     /// The cached answer, if one may be given.
     fn remember(
         &self,
@@ -245,6 +288,15 @@ impl Checker {
         freshness: Freshness,
         arrived: BootTime,
     ) -> Option<Known> {
+        if freshness == Freshness::FullyConsistent {
+            return None;
+        }
+        let known = self.look_up(subject, freshness, arrived);
+        self.counts.lookups.add(usize::from(known.is_some()), 1);
+        known
+    }
+
+    fn look_up(&self, subject: &Subject, freshness: Freshness, arrived: BootTime) -> Option<Known> {
         let staleness_max = match freshness {
             Freshness::MinimizeLatency | Freshness::AtLeastAsFresh(_) => self.staleness_bound,
             Freshness::MaxStaleness(max) => max,

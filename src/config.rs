@@ -26,6 +26,9 @@ pub const DEFAULT_GRPC_LISTEN: &str = "127.0.0.1:50051";
 /// HTTP for the application's own pages and middleware, on the same machine.
 pub const DEFAULT_HTTP_LISTEN: &str = "127.0.0.1:8080";
 
+/// Metrics and probes, where Prometheus on the same machine looks.
+pub const DEFAULT_OPS_LISTEN: &str = "127.0.0.1:9090";
+
 /// Where the private PostgreSQL lives, beside whatever is being developed.
 pub const DEFAULT_DATA_DIR: &str = ".hallpass";
 
@@ -53,6 +56,9 @@ pub const INSPECTION_INTERVAL: Duration = Duration::from_secs(60);
 /// The audit log is evidence: nothing goes unless somebody says so.
 const DEFAULT_AUDIT_RETENTION_DAYS: u16 = 0;
 
+/// How often the database is sampled for the metrics: as often as Prometheus asks, as a rule.
+pub const SAMPLE_INTERVAL: Duration = Duration::from_secs(15);
+
 /// How often partitions are made ahead and retention is applied; both are a matter of months.
 pub const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -72,6 +78,10 @@ pub struct ServeSettings {
     /// Where to serve HTTP and JSON: as --grpc-listen, or none
     #[arg(long, env = "HALLPASS_HTTP_LISTEN", default_value = DEFAULT_HTTP_LISTEN)]
     pub http_listen: MaybeListen,
+
+    /// Where to serve metrics, /livez and /readyz to operators: as --grpc-listen, or none
+    #[arg(long, env = "HALLPASS_OPS_LISTEN", default_value = DEFAULT_OPS_LISTEN)]
+    pub ops_listen: MaybeListen,
 
     #[command(flatten)]
     pub http: HttpSettings,
@@ -156,9 +166,11 @@ impl ServeSettings {
     /// Where callers can come in, each with its setting's name.
     pub fn listens(&self) -> impl Iterator<Item = (&'static str, &ListenAddress)> {
         let http = self.http_listen.0.as_ref();
+        let ops = self.ops_listen.0.as_ref();
         [
             ("--grpc-listen", Some(&self.grpc_listen)),
             ("--http-listen", http),
+            ("--ops-listen", ops),
         ]
         .into_iter()
         .filter_map(|(setting, address)| Some((setting, address?)))

@@ -6,7 +6,7 @@
 use std::{
     cell::Cell,
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 /// As many as threads on a large machine keep busy; more threads share.
@@ -62,72 +62,98 @@ fn shard() -> usize {
     })
 }
 
+/// How values of some series are distributed.
+pub struct Histograms {
+    cells: Cells,
+    bounds: &'static [u64],
+}
+
+/// What a series has seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Distribution {
+    pub sum: u64,
+    /// By upper bound, the last without one; each without those before.
+    pub buckets: Vec<u64>,
+}
+
+impl Histograms {
+    #[must_use]
+    pub fn new(series: usize, bounds: &'static [u64]) -> Self {
+        Self {
+            cells: Cells::new(series * (bounds.len() + 2)),
+            bounds,
+        }
+    }
+
+    #[must_use]
+    pub fn bounds(&self) -> &'static [u64] {
+        self.bounds
+    }
+
+    pub fn observe(&self, series: usize, value: u64) {
+        let at = self.at(series);
+        let bucket = self.bounds.partition_point(|bound| *bound < value);
+        self.cells.add(at, value);
+        self.cells.add(at + 1 + bucket, 1);
+    }
+
+    /// In microseconds.
+    pub fn observe_since(&self, series: usize, since: Instant) {
+        let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.observe(series, micros);
+    }
+
+    #[must_use]
+    pub fn read(&self, series: usize) -> Distribution {
+        let at = self.at(series);
+        let buckets = (0..=self.bounds.len()).map(|bucket| self.cells.sum(at + 1 + bucket));
+        Distribution {
+            sum: self.cells.sum(at),
+            buckets: buckets.collect(),
+        }
+    }
+
+    fn at(&self, series: usize) -> usize {
+        series * (self.bounds.len() + 2)
+    }
+}
+
 /// Calls of each method: begun, ended by outcome, and how long they took.
 pub struct Calls {
-    cells: Cells,
+    begun: Cells,
+    ended: Cells,
     outcomes: usize,
+    pub micros: Histograms,
 }
-
-/// How long calls took.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Durations {
-    pub sum: Duration,
-    /// By upper bound as in [`BUCKETS_MICROS`], the last without one; each without those before.
-    pub buckets: [u64; BUCKETS_MICROS.len() + 1],
-}
-
-/// Cells of a method before its outcomes: begun, microseconds, buckets.
-const BEGUN: usize = 0;
-const MICROS: usize = 1;
-const BUCKETS: usize = 2;
-const OUTCOMES: usize = BUCKETS + BUCKETS_MICROS.len() + 1;
 
 impl Calls {
     #[must_use]
     pub fn new(methods: usize, outcomes: usize) -> Self {
         Self {
-            cells: Cells::new(methods * (OUTCOMES + outcomes)),
+            begun: Cells::new(methods),
+            ended: Cells::new(methods * outcomes),
             outcomes,
+            micros: Histograms::new(methods, &BUCKETS_MICROS),
         }
     }
 
     pub fn begun(&self, method: usize) {
-        self.cells.add(self.at(method) + BEGUN, 1);
+        self.begun.add(method, 1);
     }
 
-    /// An outcome that is none is not counted.
     pub fn ended(&self, method: usize, outcome: usize, since: Instant) {
-        let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let bucket = BUCKETS_MICROS.partition_point(|bound| *bound < micros);
-        let at = self.at(method);
-        self.cells.add(at + BUCKETS + bucket, 1);
-        self.cells.add(at + MICROS, micros);
-        if outcome < self.outcomes {
-            self.cells.add(at + OUTCOMES + outcome, 1);
-        }
+        self.ended.add(method * self.outcomes + outcome, 1);
+        self.micros.observe_since(method, since);
     }
 
     #[must_use]
     pub fn count_begun(&self, method: usize) -> u64 {
-        self.cells.sum(self.at(method) + BEGUN)
+        self.begun.sum(method)
     }
 
     #[must_use]
     pub fn count_ended(&self, method: usize, outcome: usize) -> u64 {
-        self.cells.sum(self.at(method) + OUTCOMES + outcome)
-    }
-
-    #[must_use]
-    pub fn durations(&self, method: usize) -> Durations {
-        let at = self.at(method);
-        Durations {
-            sum: Duration::from_micros(self.cells.sum(at + MICROS)),
-            buckets: std::array::from_fn(|bucket| self.cells.sum(at + BUCKETS + bucket)),
-        }
-    }
-
-    fn at(&self, method: usize) -> usize {
-        method * (OUTCOMES + self.outcomes)
+        self.ended.sum(method * self.outcomes + outcome)
     }
 }
 
@@ -150,20 +176,23 @@ mod tests {
         });
         assert_eq!(calls.count_begun(1), 8_000);
         assert_eq!(calls.count_ended(1, 2), 8_000);
-        assert_eq!(calls.durations(1).buckets.iter().sum::<u64>(), 8_000);
+        assert_eq!(calls.micros.read(1).buckets.iter().sum::<u64>(), 8_000);
         assert_eq!(calls.count_begun(0), 0);
-        assert_eq!(calls.durations(0), Durations::default());
+        assert_eq!(calls.count_ended(0, 2), 0);
+        assert_eq!(calls.micros.read(0).buckets.iter().sum::<u64>(), 0);
     }
 
     #[test]
-    fn a_duration_is_in_the_first_bucket_that_holds_it() {
-        let calls = Calls::new(1, 1);
-        let Some(long_ago) = Instant::now().checked_sub(Duration::from_secs(60)) else {
-            return;
+    fn a_value_is_in_the_first_bucket_that_holds_it() {
+        let sizes = Histograms::new(2, &[1, 10]);
+        for value in [0, 1, 2, 10, 11, u64::MAX - 24] {
+            sizes.observe(1, value);
+        }
+        let expected = Distribution {
+            sum: u64::MAX,
+            buckets: vec![2, 2, 2],
         };
-        calls.ended(0, 0, long_ago);
-        let durations = calls.durations(0);
-        assert_eq!(durations.buckets[BUCKETS_MICROS.len()], 1);
-        assert!(durations.sum >= Duration::from_secs(60));
+        assert_eq!(sizes.read(1), expected);
+        assert_eq!(sizes.read(0).sum, 0);
     }
 }

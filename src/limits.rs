@@ -151,7 +151,8 @@ impl Method {
             index,
             name,
             class: match need {
-                Need::Nothing => Class::Free,
+                // What operators look at must answer when nothing else does.
+                Need::Nothing | Need::Scope(Scope::Metrics) => Class::Free,
                 Need::Scope(Scope::Check) => Class::Check,
                 Need::Open | Need::Credential | Need::Scope(_) => Class::List,
             },

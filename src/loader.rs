@@ -19,6 +19,7 @@ use tokio::{
 
 use crate::{
     cache::{Cache, Entry, Epoch},
+    counters::Histograms,
     feed::Progress,
     model::{BootTime, Position, Subject},
     store::{
@@ -39,6 +40,9 @@ const QUEUE_SUBJECTS_MAX: usize = 100_000;
 /// Subjects that small requests are put together to. A larger request makes a statement of its own, so that a large
 /// batch does not slow the small misses that arrive with it.
 const SHARED_SUBJECTS_MAX: usize = 500;
+
+/// Buckets of what a statement loads.
+const SIZES: [u64; 12] = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 10_000];
 
 /// What one statement found.
 pub struct Load {
@@ -92,6 +96,8 @@ struct Request {
 #[derive(Clone)]
 pub struct Loader {
     requests: mpsc::Sender<Request>,
+    /// Subjects of each statement.
+    pub sizes: Arc<Histograms>,
 }
 
 impl Loader {
@@ -102,6 +108,7 @@ impl Loader {
         progress: Arc<Progress>,
     ) -> (Self, impl Future<Output = ()>) {
         let (requests, receiver) = mpsc::channel(QUEUE_MAX);
+        let sizes = Arc::new(Histograms::new(1, &SIZES));
         let task = Task {
             source: Arc::new(Source {
                 store,
@@ -114,8 +121,9 @@ impl Loader {
             waiting: HashMap::new(),
             flying: HashMap::new(),
             is_up: true,
+            sizes: Arc::clone(&sizes),
         };
-        (Self { requests }, task.run(receiver))
+        (Self { requests, sizes }, task.run(receiver))
     }
 
     /// Loads distinct subjects with one statement.
@@ -196,6 +204,7 @@ struct Task {
     /// The newest flight that loads each subject.
     flying: HashMap<Subject, Id>,
     is_up: bool,
+    sizes: Arc<Histograms>,
 }
 
 impl Task {
@@ -268,6 +277,7 @@ impl Task {
             return;
         }
         let subjects: Vec<Subject> = subjects.into_iter().collect();
+        self.sizes.observe(0, subjects.len() as u64);
         let sent_at = BootTime::now();
         let source = Arc::clone(&self.source);
         let asked = subjects.clone();

@@ -36,6 +36,28 @@ pub enum Reason {
 }
 
 impl Reason {
+    pub const ALL: [Self; 6] = [
+        Self::UnknownPermission,
+        Self::NotAMember,
+        Self::PermissionDisabled,
+        Self::GrantedByRole,
+        Self::GrantedToUser,
+        Self::RoleTooLow,
+    ];
+
+    /// As the view, the API and the metrics spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::UnknownPermission => "UNKNOWN_PERMISSION",
+            Self::NotAMember => "NOT_A_MEMBER",
+            Self::PermissionDisabled => "PERMISSION_DISABLED",
+            Self::GrantedByRole => "GRANTED_BY_ROLE",
+            Self::GrantedToUser => "GRANTED_TO_USER",
+            Self::RoleTooLow => "ROLE_TOO_LOW",
+        }
+    }
+
     /// Whether this reason allows.
     #[must_use]
     pub fn allows(self) -> bool {

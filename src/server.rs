@@ -12,7 +12,7 @@ pub mod tls;
 mod web;
 
 use std::{
-    future::Future,
+    future::{Future, pending},
     num::{NonZeroU16, NonZeroU32},
     sync::Arc,
     time::Duration,
@@ -56,6 +56,7 @@ use crate::{
     loader::Loader,
     selfcheck,
     store::{DatabaseUrl, Store, StoreError},
+    telemetry::{Metrics, Observed, Reading, Telemetry},
     upkeep,
 };
 
@@ -83,6 +84,8 @@ pub struct Config {
     /// `None`: nothing is ever removed.
     pub audit_retention_days: Option<NonZeroU16>,
     pub maintenance_interval: Duration,
+    /// How often the database is asked what the metrics show of it.
+    pub sample_interval: Duration,
     /// One cached answer in so many is compared with the tables.
     pub self_check_every: NonZeroU32,
     pub lame_duck: Duration,
@@ -116,6 +119,8 @@ pub enum ServeError {
 pub struct Listeners {
     pub grpc: Listener,
     pub http: Option<Listener>,
+    /// For operators.
+    pub ops: Option<Listener>,
 }
 
 /// The name under which health is asked for.
@@ -132,8 +137,9 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let store = Arc::new(Store::new(&config.database)?);
-    let changes = config.admin_database.as_ref().map(Store::changes);
-    let changes = changes.transpose()?.map(Arc::new);
+    let changes = config.admin_database.as_ref();
+    let changes = changes.map(|url| store.changes(url)).transpose()?;
+    let changes = changes.map(Arc::new);
     let cache = Arc::new(Cache::new(config.cache_capacity));
     let progress = Arc::new(Progress::default());
     // Nothing is believed until the first inspection.
@@ -168,7 +174,7 @@ pub async fn run(
     ));
     let admin = Arc::new(AdminService::new(
         Arc::clone(&checker.store),
-        changes,
+        changes.clone(),
         Arc::clone(&limits),
     ));
     let audit = Arc::new(AuditService::new(
@@ -179,11 +185,12 @@ pub async fn run(
         stop.clone(),
     ));
     let (known, is_known) = watch::channel(http::Health::default());
+    let is_known = http::HealthReport::new(is_known, &config.http);
     let services = Services {
         permissions,
         admin,
         audit,
-        health: http::HealthReport::new(is_known, &config.http),
+        health: is_known.clone(),
     };
     let routes = rpc::grpc_routes(&services, health_service)?;
 
@@ -195,6 +202,23 @@ pub async fn run(
         Arc::clone(&checker.cache),
         Arc::clone(&checker.progress),
     ));
+    let observed = Observed::default();
+    let (samples, sampled) = watch::channel(None);
+    background.spawn(upkeep::sample(
+        config.database.clone(),
+        config.sample_interval,
+        samples,
+    ));
+    let metrics = Metrics::new(Telemetry {
+        checker: Arc::clone(&checker),
+        limits: Arc::clone(&limits),
+        tail: tail.clone(),
+        observed: observed.clone(),
+        is_serving: serving(&is_known),
+        samples: sampled,
+        changes,
+        certificates: certificates(&config),
+    });
     background.spawn(tail.run(Arc::clone(&checker.store), Arc::clone(&checker.progress)));
     if let Some(tokens) = config.authenticator.tokens() {
         background.spawn(tokens.clone().follow());
@@ -211,20 +235,34 @@ pub async fn run(
         routes,
         Arc::clone(&config.authenticator),
         Arc::clone(&limits),
+        Arc::clone(&observed.grpc),
         acceptor(listeners.grpc, &config.tls),
         config.connections.clone(),
         stop.clone().cancelled_owned(),
     );
+    let entrance = |listener: &Listener| http::Entrance {
+        authenticator: Arc::clone(&config.authenticator),
+        limits: Arc::clone(&limits),
+        calls: Arc::clone(&observed.http),
+        has_tls: config.http_tls.is_some() && matches!(listener, Listener::Tcp(_)),
+    };
     let http = listeners.http.map(|listener| {
-        let has_tls = config.http_tls.is_some() && matches!(listener, Listener::Tcp(_));
-        let authenticator = Arc::clone(&config.authenticator);
         web::serve(
-            http::router(services, authenticator, limits, &config.http, has_tls),
+            http::router(services, entrance(&listener), &config.http),
             acceptor(listener, &config.http_tls),
             config.connections.clone(),
             stop.clone().cancelled_owned(),
         )
     });
+    // Operators see the service stop, too.
+    if let Some(listener) = listeners.ops {
+        background.spawn(web::serve(
+            http::ops_router(metrics, is_known, entrance(&listener)),
+            acceptor(listener, &config.http_tls),
+            config.connections.clone(),
+            pending(),
+        ));
+    }
     let mut server = AbortOnDropHandle::new(tokio::spawn(async {
         tokio::try_join!(grpc, OptionFuture::from(http).map(Ok))?;
         Ok(())
@@ -254,6 +292,23 @@ pub async fn run(
     streams.wait().await;
     background.shutdown().await;
     Ok(())
+}
+
+fn serving(known: &http::HealthReport) -> Reading<bool> {
+    let known = known.clone();
+    Box::new(move || known.serves())
+}
+
+fn certificates(config: &Config) -> Vec<(&'static str, Reading<Duration>)> {
+    let listeners = [("grpc", &config.tls), ("http", &config.http_tls)];
+    let with_one = listeners.into_iter();
+    with_one
+        .filter_map(|(name, tls)| {
+            let tls = Arc::clone(tls.as_ref()?);
+            let expires: Reading<Duration> = Box::new(move || tls.expires());
+            Some((name, expires))
+        })
+        .collect()
 }
 
 /// Lets callers go elsewhere, takes no more calls, and waits for those under way.
@@ -335,7 +390,7 @@ async fn first_failure(background: &mut JoinSet<()>) -> ServeError {
         match background.join_next().await {
             Some(Ok(())) => {}
             Some(Err(panic)) => return panic.into(),
-            None => std::future::pending().await,
+            None => pending().await,
         }
     }
 }

@@ -1,36 +1,84 @@
 //! Every metric of the service, each declared once: its name, unit and meaning, and where it is read.
 //!
-//! Invariant: a scrape asks nobody and changes nothing; it reads what is counted anyway, or what `samples` has found last.
+//! Invariant: a scrape asks nobody and changes nothing; it reads what is counted anyway, or what `upkeep` has sampled last.
 //! No label has values that a caller can make up.
 
 mod page;
+mod process;
 
 use std::{
     fmt,
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
-use prometheus_client::{collector::Collector, encoding::DescriptorEncoder, registry::Registry};
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, text},
+    registry::Registry,
+};
+use tokio::sync::watch;
 
-use self::page::Page;
+use self::page::{Labels, Page, float};
 use crate::{
+    audit::tail::Tail,
     auth::access::ACCESS,
-    check::Checker,
+    check::{Checker, Source},
     counters::Calls,
+    grpc::observe::{GRPC_OUTCOMES, HTTP_OUTCOMES, HTTP_STATUSES, Outcomes},
     limits::{Limit, Limits},
-    model::BootTime,
+    model::{BootTime, Reason},
+    store::{pool::Connections, samples::Sample, timings::Question},
 };
+
+/// The content type of [`page`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// A method that nobody serves; what a caller makes up is no label.
+const UNKNOWN: &str = "unknown";
+
+/// Durations are counted in microseconds, and shown in seconds.
+const MICROS: f64 = 1e-6;
+
+/// Calls by method as in [`ACCESS`], and by what they ended with.
+#[derive(Clone)]
+pub struct Observed {
+    pub grpc: Arc<Calls>,
+    pub http: Arc<Calls>,
+}
+
+impl Default for Observed {
+    fn default() -> Self {
+        // One more for what nobody serves.
+        let calls = |outcomes: Outcomes| Arc::new(Calls::new(ACCESS.len() + 1, outcomes.count));
+        Self {
+            grpc: calls(GRPC_OUTCOMES),
+            http: calls(HTTP_OUTCOMES),
+        }
+    }
+}
+
+/// What is known elsewhere, as of now.
+pub type Reading<T> = Box<dyn Fn() -> T + Send + Sync>;
 
 /// What metrics are read from.
 pub struct Telemetry {
     pub checker: Arc<Checker>,
     pub limits: Arc<Limits>,
-    /// By method as in [`ACCESS`] and by google.rpc.Code.
-    pub grpc_calls: Arc<Calls>,
+    pub tail: Tail,
+    pub observed: Observed,
+    /// Whether health says SERVING.
+    pub is_serving: Reading<bool>,
+    /// What the database said of itself, and when it was asked.
+    pub samples: watch::Receiver<Option<(Sample, BootTime)>>,
+    /// The pool of those who may change permissions.
+    pub changes: Option<Arc<Connections>>,
+    /// When each listener's certificate expires, since 1970.
+    pub certificates: Vec<(&'static str, Reading<Duration>)>,
 }
 
 /// Names of google.rpc.Code, as the ecosystem's metrics have them.
-const CODES: [&str; 17] = [
+const GRPC_CODES: [&str; 17] = [
     "OK",
     "Canceled",
     "Unknown",
@@ -56,12 +104,27 @@ impl fmt::Debug for Telemetry {
     }
 }
 
-/// All metrics, as they are scraped.
-#[must_use]
-pub fn registry(telemetry: Telemetry) -> Registry {
-    let mut registry = Registry::default();
-    registry.register_collector(Box::new(telemetry));
-    registry
+/// All metrics, to be written as a page at each scrape.
+#[derive(Clone, Debug)]
+pub struct Metrics(Arc<Registry>);
+
+impl Metrics {
+    #[must_use]
+    pub fn new(telemetry: Telemetry) -> Self {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(telemetry));
+        Self(Arc::new(registry))
+    }
+
+    /// As OpenMetrics has it.
+    ///
+    /// # Errors
+    /// Never: a string has room.
+    pub fn page(&self) -> Result<String, fmt::Error> {
+        let mut page = String::new();
+        text::encode(&mut page, &self.0)?;
+        Ok(page)
+    }
 }
 
 impl Collector for Telemetry {
@@ -69,62 +132,57 @@ impl Collector for Telemetry {
         let mut page = Page(encoder);
         self.calls(&mut page)?;
         self.answers(&mut page)?;
-        self.invalidations(&mut page)?;
-        self.refusals(&mut page)
+        self.freshness(&mut page)?;
+        self.cache(&mut page)?;
+        self.database(&mut page)?;
+        self.samples(&mut page)?;
+        self.entrance(&mut page)?;
+        process::metrics(&mut page)
     }
 }
 
 impl Telemetry {
     fn calls(&self, page: &mut Page<'_>) -> fmt::Result {
-        let methods = || {
-            let rows = ACCESS.iter().enumerate();
-            rows.filter_map(|(index, (name, ..))| Some((index, grpc_labels(name)?)))
-        };
-        let begun = methods().map(|(index, labels)| (labels, self.grpc_calls.count_begun(index)));
-        page.counters("grpc_server_started", "Calls that began", begun)?;
-        let handled = methods().flat_map(|(index, [service, method])| {
-            let codes = CODES.iter().enumerate();
-            codes.map(move |(code, name)| {
-                let labels = [service, method, ("grpc_code", *name)];
-                (labels, self.grpc_calls.count_ended(index, code))
-            })
-        });
-        // A code that a method never ended with is left out: it would be most of the page.
-        let handled = handled.filter(|(_, count)| *count > 0);
-        page.counters(
+        let grpc = [
+            "grpc_server_started",
             "grpc_server_handled",
-            "Calls that ended, by what they ended with",
-            handled,
-        )?;
-        let durations = methods().map(|(index, labels)| (labels, self.grpc_calls.durations(index)));
-        page.histograms(
-            "grpc_server_handling",
-            "How long calls took; streams as long as they were open",
-            durations,
-        )
+            "grpc_server_handling_seconds",
+        ];
+        let calls = &self.observed.grpc;
+        protocol(page, grpc, calls, ("grpc_code", &GRPC_CODES), |name| {
+            let (service, method) = match name {
+                UNKNOWN => (UNKNOWN, UNKNOWN),
+                name => name.strip_prefix('/')?.split_once('/')?,
+            };
+            Some([("grpc_service", service), ("grpc_method", method)])
+        })?;
+        let http = [
+            "http_server_started",
+            "http_server_handled",
+            "http_server_handling_seconds",
+        ];
+        let calls = &self.observed.http;
+        protocol(page, http, calls, ("http_code", &HTTP_STATUSES), |name| {
+            let (method, route) = match name {
+                UNKNOWN => (UNKNOWN, UNKNOWN),
+                name => name.split_once(' ')?,
+            };
+            Some([("http_method", method), ("http_route", route)])
+        })
     }
 
     fn answers(&self, page: &mut Page<'_>) -> fmt::Result {
-        let progress = &self.checker.progress;
-        let staleness = progress
-            .lease()
-            .map(|lease| BootTime::now().since(lease.sent_at));
-        page.gauge(
-            "hallpass_staleness_seconds",
-            "How long ago cached answers were known to be true; +Inf while none is believed",
-            staleness.map_or(f64::INFINITY, |staleness| staleness.as_secs_f64()),
-        )?;
-        page.gauge(
-            "hallpass_log_believed",
-            "1 while the log is taken to hold every change, else 0",
-            f64::from(u8::from(progress.log_is_believed())),
-        )?;
-        #[expect(clippy::cast_precision_loss, reason = "exact up to 2^53 entries")]
-        let position = progress.lease_position().seq as f64;
-        page.gauge(
-            "hallpass_feed_position",
-            "The last entry of the log that the cache has applied",
-            position,
+        let counts = &self.checker.counts;
+        let decisions = Reason::ALL.into_iter().flat_map(|reason| {
+            [(Source::Cache, "cache"), (Source::Database, "database")].map(|(source, name)| {
+                let labels = [("reason", reason.name()), ("source", name)];
+                (labels, counts.decisions(reason, source))
+            })
+        });
+        page.counters(
+            "hallpass_decisions",
+            "Decisions that callers were told, checks and items of batches, by reason and by where they came from",
+            decisions,
         )?;
         let comparisons = &self.checker.sampler.comparisons;
         let compared = [
@@ -134,14 +192,75 @@ impl Telemetry {
         ];
         page.counters(
             "hallpass_self_checks",
-            "Cached answers that were compared with the tables, by what came of it",
-            compared
-                .map(|(outcome, count)| ([("outcome", outcome)], count.load(Ordering::Relaxed))),
+            "Cached answers that were compared with the tables, by what came of it; diverged: a wrong answer was given",
+            compared.map(|(outcome, count)| ([("outcome", outcome)], count.load(Ordering::Relaxed))),
         )
     }
 
-    fn invalidations(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn freshness(&self, page: &mut Page<'_>) -> fmt::Result {
+        let progress = &self.checker.progress;
+        page.gauge(
+            "hallpass_ready",
+            "1 while health says SERVING, else 0",
+            flag((self.is_serving)()),
+        )?;
+        let staleness = progress
+            .lease()
+            .map(|lease| BootTime::now().since(lease.sent_at));
+        page.gauge(
+            "hallpass_staleness_seconds",
+            "How long ago cached answers were known to be true; +Inf while none is believed",
+            staleness.map_or(f64::INFINITY, |staleness| staleness.as_secs_f64()),
+        )?;
+        page.gauge(
+            "hallpass_staleness_bound_seconds",
+            "Beyond this staleness answers come from the database (--staleness-bound)",
+            self.checker.staleness_bound.as_secs_f64(),
+        )?;
+        page.gauge(
+            "hallpass_log_believed",
+            "1 while every change is taken to be in the log; 0 while triggers are missing or disabled, or the log was not inspected",
+            flag(progress.log_is_believed()),
+        )?;
+        page.gauge(
+            "hallpass_feed_position",
+            "The last entry of the log that the cache has applied",
+            signed(progress.lease_position().seq),
+        )?;
         let made = &self.checker.cache.invalidations;
+        page.counter(
+            "hallpass_history_changes",
+            "Times that the log turned out to be another one: a failover that lost commits, or a restore",
+            made.epochs.load(Ordering::Relaxed),
+        )
+    }
+
+    fn cache(&self, page: &mut Page<'_>) -> fmt::Result {
+        let cache = &self.checker.cache;
+        let (users, capacity) = cache.size();
+        let (hits, misses) = self.checker.counts.hits_and_misses();
+        page.gauge(
+            "hallpass_cache_users",
+            "Users in the cache, each counted once an organization",
+            float(users),
+        )?;
+        page.gauge(
+            "hallpass_cache_capacity_users",
+            "Users that the cache takes (--cache-capacity)",
+            float(capacity),
+        )?;
+        page.counter(
+            "hallpass_cache_hits",
+            "Users that were found in the cache, fresh enough",
+            hits,
+        )?;
+        page.counter("hallpass_cache_misses", "Users that were not", misses)?;
+        page.counter(
+            "hallpass_cache_evictions",
+            "Users that made room for others",
+            cache.invalidations.evicted_entries.load(Ordering::Relaxed),
+        )?;
+        let made = &cache.invalidations;
         let causes = [
             ("membership", &made.memberships),
             ("named_user", &made.named_users),
@@ -153,21 +272,177 @@ impl Telemetry {
             "hallpass_invalidations",
             "Changes that ended cached answers, by what changed",
             causes.map(|(cause, count)| ([("cause", cause)], count.load(Ordering::Relaxed))),
+        )?;
+        page.histogram(
+            "hallpass_load_subjects",
+            "Users that one statement loads for the misses that arrive together",
+            (&self.checker.loader.sizes, 1.0),
         )
     }
 
-    fn refusals(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn database(&self, page: &mut Page<'_>) -> fmt::Result {
+        let store = &self.checker.store;
+        let questions = || Question::ALL.into_iter();
+        let label = |question: Question| [("query", question.name())];
+        page.histograms(
+            "hallpass_database_query_seconds",
+            "How long the database took to answer, by what it was asked",
+            (&store.timings.micros, MICROS),
+            questions().map(|question| (label(question), question as usize)),
+        )?;
+        page.counters(
+            "hallpass_database_errors",
+            "Questions that the database refused or did not answer in time",
+            questions().map(|question| (label(question), store.timings.errors(question))),
+        )?;
+        let pools = [
+            ("misses", Some(&store.misses)),
+            ("reads", Some(&store.reads)),
+            ("audits", Some(&store.audits)),
+            ("audit_tail", Some(&store.audit_tail)),
+            ("changes", self.changes.as_deref()),
+        ];
+        let pools: Vec<_> = pools
+            .into_iter()
+            .filter_map(|(name, pool)| Some((name, pool?.usage())))
+            .collect();
+        page.gauges(
+            "hallpass_pool_connections",
+            "Connections to the database, by pool and by whether a question is under way",
+            pools.iter().flat_map(|(pool, usage)| {
+                [("in_use", usage.in_use), ("idle", usage.idle)].map(|(state, count)| {
+                    ([("pool", *pool), ("state", state)], float(count as u64))
+                })
+            }),
+        )?;
+        page.gauges(
+            "hallpass_pool_connections_max",
+            "Connections that a pool may have",
+            pools
+                .iter()
+                .map(|(pool, usage)| ([("pool", *pool)], float(usage.max as u64))),
+        )?;
+        page.gauges(
+            "hallpass_pool_waiting",
+            "Questions that wait for a connection",
+            pools
+                .iter()
+                .map(|(pool, usage)| ([("pool", *pool)], float(usage.waiting as u64))),
+        )
+    }
+
+    fn samples(&self, page: &mut Page<'_>) -> fmt::Result {
+        let (streams, slowest) = self.tail.followers();
+        page.gauge(
+            "hallpass_audit_streams",
+            "Audit streams that are open",
+            float(streams as u64),
+        )?;
+        let (sample, age) = match *self.samples.borrow() {
+            Some((sample, at)) => (Some(sample), BootTime::now().since(at).as_secs_f64()),
+            None => (None, f64::INFINITY),
+        };
+        page.gauge(
+            "hallpass_sampled_seconds",
+            "How long ago the metrics that follow were read from the database; +Inf: they were not yet",
+            age,
+        )?;
+        let Some(sample) = sample else {
+            return Ok(());
+        };
+        let behind = slowest.map_or(0, |slowest| (sample.head_seq - slowest).max(0));
+        page.gauge(
+            "hallpass_audit_stream_lag_entries",
+            "How far the slowest open audit stream is behind the newest entry",
+            signed(behind),
+        )?;
+        page.gauge(
+            "hallpass_log_head",
+            "The newest entry of the log",
+            signed(sample.head_seq),
+        )?;
+        page.gauge(
+            "hallpass_oldest_transaction_seconds",
+            "Age of the oldest open transaction that the service's login may see (all with pg_read_all_stats)",
+            sample.oldest_transaction.as_secs_f64(),
+        )?;
+        page.gauge(
+            "hallpass_matrix_age_seconds",
+            "Since the materialized views were refreshed",
+            sample.matrix_age.as_secs_f64() + age,
+        )?;
+        page.gauge(
+            "hallpass_matrix_believed_ratio",
+            "Share of the organizations whose rows of the matrix are the truth, 0 to 1",
+            sample.matrix_believed,
+        )?;
+        page.gauge(
+            "hallpass_audit_partition_months_ahead",
+            "Months after this one that have a partition of the audit log, up to 2; -1: not even this one has",
+            signed(sample.partition_months_ahead),
+        )
+    }
+
+    fn entrance(&self, page: &mut Page<'_>) -> fmt::Result {
         let tally = &self.limits.tally;
         page.counters(
             "hallpass_refusals",
             "Calls that were turned away, by the limit that did it",
             Limit::ALL.map(|limit| ([("limit", limit.name())], tally.refusals(limit))),
+        )?;
+        page.gauges(
+            "hallpass_tls_certificate_expiry_seconds",
+            "When the certificate in use expires, since 1970",
+            (self.certificates.iter())
+                .map(|(listener, expires)| ([("listener", *listener)], expires().as_secs_f64())),
+        )?;
+        page.gauges(
+            "hallpass_build_info",
+            "1; the version is a label",
+            [([("version", env!("CARGO_PKG_VERSION"))], 1.0)],
         )
     }
 }
 
-/// `/hallpass.v1.PermissionService/CheckPermission` as its labels.
-fn grpc_labels(name: &'static str) -> Option<[(&'static str, &'static str); 2]> {
-    let (service, method) = name.strip_prefix('/')?.split_once('/')?;
-    Some([("grpc_service", service), ("grpc_method", method)])
+/// Begun, ended, and how long it took. What a method never ended with is left out: it would be most of the page.
+fn protocol(
+    page: &mut Page<'_>,
+    [started, handled, seconds]: [&str; 3],
+    calls: &Calls,
+    (outcome_label, outcomes): (&'static str, &[&'static str]),
+    labels: impl Fn(&'static str) -> Option<Labels<2>> + Copy,
+) -> fmt::Result {
+    let methods = || {
+        let names = ACCESS.iter().map(|(name, ..)| *name).chain([UNKNOWN]);
+        let rows = names.enumerate();
+        rows.filter_map(move |(index, name)| Some((labels(name)?, index)))
+    };
+    let begun = methods().map(|(labels, index)| (labels, calls.count_begun(index)));
+    page.counters(started, "Calls that began", begun)?;
+    let ended = methods().flat_map(|([a, b], index)| {
+        let outcomes = outcomes.iter().enumerate();
+        outcomes.map(move |(outcome, name)| {
+            (
+                [a, b, (outcome_label, *name)],
+                calls.count_ended(index, outcome),
+            )
+        })
+    });
+    let ended = ended.filter(|(_, count)| *count > 0);
+    page.counters(handled, "Calls that ended, by what they ended with", ended)?;
+    page.histograms(
+        seconds,
+        "How long calls took; streams as long as they were open",
+        (&calls.micros, MICROS),
+        methods(),
+    )
+}
+
+fn flag(holds: bool) -> f64 {
+    f64::from(u8::from(holds))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "exact up to 2^53")]
+fn signed(count: i64) -> f64 {
+    count as f64
 }

@@ -18,6 +18,7 @@ use crate::{
     model::{BootTime, OrganizationId, Subject, UserId},
     store::{
         DatabaseUrl, DedicatedConnection, Store, StoreError,
+        samples::Sample,
         upkeep::{Inspection, Retention},
     },
 };
@@ -27,6 +28,12 @@ const INSPECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long to wait for an inspection: a database that is stopped or cut off does not keep its own limit.
 const INSPECTION_WAIT_MAX: Duration = Duration::from_secs(65);
+
+/// How long the database may work on a sample: some milliseconds, as a rule.
+const SAMPLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long to wait for a sample: as for an inspection.
+const SAMPLE_WAIT_MAX: Duration = Duration::from_secs(6);
 
 /// Inspections that may fail in a row before the log is not believed any more.
 const INSPECTIONS_MISSED_MAX: u32 = 3;
@@ -51,6 +58,35 @@ const WARM_UP_PAGE: i32 = 500;
 
 /// Statements of the warm start under way at once; the rest of the pool is left to misses.
 const WARM_UP_FLIGHTS_MAX: usize = 4;
+
+/// Samples the database at this interval, on a connection of its own: a scrape asks nobody.
+pub async fn sample(
+    url: DatabaseUrl,
+    interval: Duration,
+    samples: watch::Sender<Option<(Sample, BootTime)>>,
+) {
+    loop {
+        let Err(error) = sample_on_connection(&url, interval, &samples).await;
+        tracing::debug!(%error, "the database is not sampled");
+        sleep(RETRY).await;
+    }
+}
+
+async fn sample_on_connection(
+    url: &DatabaseUrl,
+    interval: Duration,
+    samples: &watch::Sender<Option<(Sample, BootTime)>>,
+) -> Result<std::convert::Infallible, StoreError> {
+    let connection = DedicatedConnection::open(url, Some(SAMPLE_TIMEOUT)).await?;
+    loop {
+        let at = BootTime::now();
+        let sample = timeout(SAMPLE_WAIT_MAX, connection.sample()).await;
+        let sample =
+            sample.map_err(|_| StoreError::Unavailable("no sample in time".to_owned()))??;
+        samples.send_replace(Some((sample, at)));
+        sleep(interval).await;
+    }
+}
 
 /// Inspects the log at this interval and lets leases be believed while nothing is wrong; `inspected` is told once the
 /// first inspection is done.

@@ -28,7 +28,7 @@ free_port() {
 # schemathesis keeps what it has found in the directory that it runs in.
 cd "$scratch"
 address=127.0.0.1:$(free_port)
-"$hallpass" demo --data-dir "$scratch/data" --grpc-listen "127.0.0.1:$(free_port)" --http-listen "$address" \
+"$hallpass" demo --data-dir "$scratch/data" --grpc-listen "127.0.0.1:$(free_port)" --http-listen "$address" --ops-listen none \
     >"$scratch/log" 2>&1 &
 server=$!
 for ((tenths = 0; tenths < 600; tenths++)); do

@@ -54,7 +54,15 @@ impl Service {
     pub(crate) async fn start(data_dir: &Path, threads: usize, niceness: i32) -> Result<Self> {
         let process = Command::new("nice")
             .args(["-n", &niceness.to_string(), env!("CARGO_BIN_EXE_hallpass")])
-            .args(["demo", "--http-listen", "none", "--grpc-listen", LISTEN])
+            .args([
+                "demo",
+                "--http-listen",
+                "none",
+                "--ops-listen",
+                "none",
+                "--grpc-listen",
+                LISTEN,
+            ])
             .arg("--data-dir")
             .arg(data_dir)
             .env("RUST_LOG", "error")

@@ -4,7 +4,10 @@
 //! and only after that was handed on.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -93,6 +96,8 @@ pub struct AuditStream {
     filter: Arc<AuditFilter>,
     /// Everything up to here was sent.
     pub cursor: Cursor,
+    /// The cursor's entry, for those who watch.
+    reached: Arc<AtomicI64>,
     /// What was removed before the first page is no gap for who asked for the earliest.
     begins_at_earliest: bool,
     events: mpsc::Sender<Event>,
@@ -121,15 +126,17 @@ impl AuditStream {
         start: Start,
         events: mpsc::Sender<Event>,
     ) -> Self {
+        let cursor = match start {
+            Start::After(cursor) => cursor,
+            Start::Earliest => Cursor::after(Position::ZERO),
+        };
         Self {
             store,
+            reached: tail.follower(cursor),
             tail,
             limits,
             filter: Arc::new(filter),
-            cursor: match start {
-                Start::After(cursor) => cursor,
-                Start::Earliest => Cursor::after(Position::ZERO),
-            },
+            cursor,
             begins_at_earliest: start == Start::Earliest,
             events,
             sent_at: None,
@@ -255,6 +262,8 @@ impl AuditStream {
         if self.cursor.is_before(page.next) {
             self.cursor = page.next;
         }
+        let reached = self.cursor.entry.seq;
+        self.reached.store(reached, Ordering::Relaxed);
         let is_due = |sent_at: Instant| sent_at.elapsed() >= CHECKPOINT_INTERVAL;
         if self.sent_at.is_none_or(is_due) {
             let checkpoint = Event::Checkpoint(self.cursor, page.as_of);

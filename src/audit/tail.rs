@@ -3,7 +3,13 @@
 //! Invariant: a page says where it begins and when it was asked for. Pages may be lost to a stream that is slow, or that
 //! came while the tail was at rest; it sees that by where the next one begins.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast},
@@ -52,6 +58,8 @@ pub struct Tail {
     news: broadcast::Sender<Arc<News>>,
     wanted: Arc<Notify>,
     turns: Arc<Semaphore>,
+    /// The entry that each open stream has reached.
+    reached: Arc<Mutex<Vec<Weak<AtomicI64>>>>,
 }
 
 impl Default for Tail {
@@ -60,6 +68,7 @@ impl Default for Tail {
             news: broadcast::Sender::new(PAGES_BEHIND_MAX),
             wanted: Arc::new(Notify::new()),
             turns: Arc::new(Semaphore::new(AUDIT_CONNECTIONS_MAX)),
+            reached: Arc::default(),
         }
     }
 }
@@ -71,6 +80,34 @@ impl Tail {
         let news = self.news.subscribe();
         self.wanted.notify_one();
         news
+    }
+
+    /// Where a stream says which entry it has reached, for as long as it keeps this.
+    pub(super) fn follower(&self, cursor: Cursor) -> Arc<AtomicI64> {
+        let reached = Arc::new(AtomicI64::new(cursor.entry.seq));
+        let mut all = self.reached();
+        all.retain(|stream| stream.strong_count() > 0);
+        all.push(Arc::downgrade(&reached));
+        reached
+    }
+
+    /// How many streams are open, and the entry that the slowest has reached.
+    #[must_use]
+    pub fn followers(&self) -> (usize, Option<i64>) {
+        let all = self.reached();
+        let open = all.iter().filter_map(Weak::upgrade);
+        let seqs = open.map(|reached| reached.load(Ordering::Relaxed));
+        seqs.fold((0, None), |(count, slowest), seq| {
+            (
+                count + 1,
+                Some(slowest.map_or(seq, |least: i64| least.min(seq))),
+            )
+        })
+    }
+
+    /// Nothing is left half-way under this lock.
+    fn reached(&self) -> MutexGuard<'_, Vec<Weak<AtomicI64>>> {
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A turn to read a page of the past; whoever has waited longest is next.

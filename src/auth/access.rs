@@ -47,7 +47,7 @@ pub struct OverHttp;
 pub type Row = (&'static str, Need, Answer);
 
 /// Every method of every listener, the most frequent first.
-pub const ACCESS: [Row; 39] = [
+pub const ACCESS: [Row; 42] = [
     (
         "/hallpass.v1.PermissionService/CheckPermission",
         Need::Scope(Scope::Check),
@@ -215,6 +215,10 @@ pub const ACCESS: [Row; 39] = [
     ("GET /docs", Need::Open, Answer::Message),
     ("GET /docs/", Need::Open, Answer::Message),
     ("GET /docs/{asset}", Need::Open, Answer::Message),
+    // The operators' listener.
+    ("GET /metrics", Need::Scope(Scope::Metrics), Answer::Message),
+    ("GET /livez", Need::Nothing, Answer::Message),
+    ("GET /readyz", Need::Nothing, Answer::Message),
 ];
 
 /// A call's row and its place; `None` for what nobody serves.

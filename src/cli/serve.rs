@@ -20,7 +20,8 @@ use crate::{
     auth::Authenticator,
     config::{
         ConnectionSettings, DRAIN_MAX, DatabaseSettings, INSPECTION_INTERVAL, ListenAddress,
-        MAINTENANCE_INTERVAL, Secret, ServeSettings, TLS_RELOAD_INTERVAL, TlsSettings,
+        MAINTENANCE_INTERVAL, MaybeListen, SAMPLE_INTERVAL, Secret, ServeSettings,
+        TLS_RELOAD_INTERVAL, TlsSettings,
     },
     http,
     limits::Bounds,
@@ -104,10 +105,8 @@ impl Entrance {
             http_tls: load_tls(&settings.tls, &[HTTP2, HTTP1])?,
             listeners: Listeners {
                 grpc: bind("gRPC", &settings.grpc_listen).await?,
-                http: match &settings.http_listen.0 {
-                    Some(address) => Some(bind("HTTP", address).await?),
-                    None => None,
-                },
+                http: bind_some("HTTP", &settings.http_listen).await?,
+                ops: bind_some("ops", &settings.ops_listen).await?,
             },
         })
     }
@@ -157,6 +156,7 @@ pub(super) async fn serve(
         inspection_interval: INSPECTION_INTERVAL,
         audit_retention_days: NonZeroU16::new(settings.audit_retention_days),
         maintenance_interval: MAINTENANCE_INTERVAL,
+        sample_interval: SAMPLE_INTERVAL,
         self_check_every: SAMPLE_EVERY,
         lame_duck: settings.lame_duck,
         drain_max: DRAIN_MAX,
@@ -191,6 +191,16 @@ pub(super) async fn serve(
     }
     database.close().await?;
     served.map(|()| ExitCode::SUCCESS)
+}
+
+async fn bind_some(
+    protocol: &'static str,
+    address: &MaybeListen,
+) -> anyhow::Result<Option<Listener>> {
+    match &address.0 {
+        Some(address) => bind(protocol, address).await.map(Some),
+        None => Ok(None),
+    }
 }
 
 async fn bind(protocol: &'static str, address: &ListenAddress) -> anyhow::Result<Listener> {

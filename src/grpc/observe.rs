@@ -1,7 +1,7 @@
-//! Counts every call of gRPC: that it began, what it ended with, how long it took. Outside of all other layers, so that
-//! nothing is refused unseen.
+//! Counts every call: that it began, what it ended with, how long it took. Outside of all other layers, so that nothing is
+//! refused unseen.
 //!
-//! Invariant: a call that began ends once, however it ends; one whose caller went away ended CANCELLED.
+//! Invariant: a call that began ends once, however it ends; one whose caller went away ended cancelled.
 
 use std::{
     pin::Pin,
@@ -10,25 +10,73 @@ use std::{
     time::Instant,
 };
 
-use http::{HeaderMap, Request, Response};
-use http_body::{Frame, SizeHint};
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tonic::{Code, Status, body::Body};
+use tonic::{Code, Status};
 use tower::{Layer, Service};
 
 use crate::{auth::access::Answer, counters::Calls, limits::Method};
 
-/// google.rpc.Code has so many.
-pub const CODES: usize = 17;
+/// What calls of a protocol can end with, by number.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcomes {
+    pub count: usize,
+    good: usize,
+    /// Of a call whose caller went away.
+    cancelled: usize,
+    /// What an answer, or its trailers, say that is not `good`.
+    other: fn(StatusCode, &HeaderMap) -> Option<usize>,
+}
+
+/// google.rpc.Code, each as its own number.
+pub const GRPC_OUTCOMES: Outcomes = Outcomes {
+    count: 17,
+    good: Code::Ok as usize,
+    cancelled: Code::Cancelled as usize,
+    other: |_, headers| {
+        let code = headers.get(Status::GRPC_STATUS)?;
+        Some(Code::from_bytes(code.as_bytes()) as usize)
+    },
+};
+
+/// What the service answers over HTTP; 499, as nginx has it, is a caller that went away, and the last stands for any other.
+pub const HTTP_STATUSES: [&str; 24] = [
+    "200", "499", "204", "302", "304", "400", "401", "403", "404", "405", "406", "408", "409",
+    "410", "412", "413", "415", "421", "422", "429", "500", "503", "504", "other",
+];
+
+/// Statuses of HTTP, each by its place in [`HTTP_STATUSES`].
+pub const HTTP_OUTCOMES: Outcomes = Outcomes {
+    count: HTTP_STATUSES.len(),
+    good: 0,
+    cancelled: 1,
+    other: |status, _| {
+        let status = status.as_str();
+        let known = HTTP_STATUSES.iter().position(|known| *known == status);
+        Some(known.unwrap_or(HTTP_STATUSES.len() - 1)).filter(|outcome| *outcome > 0)
+    },
+};
 
 /// Counts the calls of a service.
 #[derive(Clone)]
-pub struct ObserveLayer(pub Arc<Calls>);
+pub struct ObserveLayer {
+    calls: Arc<Calls>,
+    outcomes: Outcomes,
+}
+
+impl ObserveLayer {
+    /// `calls` has as many outcomes as these are.
+    #[must_use]
+    pub fn new(calls: Arc<Calls>, outcomes: Outcomes) -> Self {
+        Self { calls, outcomes }
+    }
+}
 
 /// A service whose calls are counted.
 #[derive(Clone)]
 pub struct Observe<S> {
-    calls: Arc<Calls>,
+    layer: ObserveLayer,
     inner: S,
 }
 
@@ -36,15 +84,13 @@ pub struct Observe<S> {
 struct Call {
     calls: Arc<Calls>,
     method: usize,
-    code: Code,
+    outcome: usize,
     since: Instant,
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
-        // A code is its number.
-        self.calls
-            .ended(self.method, self.code as usize, self.since);
+        self.calls.ended(self.method, self.outcome, self.since);
     }
 }
 
@@ -54,6 +100,7 @@ pin_project! {
         #[pin]
         answer: F,
         call: Option<Call>,
+        outcomes: Outcomes,
         is_whole: bool,
     }
 }
@@ -63,17 +110,17 @@ impl<S> Layer<S> for ObserveLayer {
 
     fn layer(&self, inner: S) -> Observe<S> {
         Observe {
-            calls: Arc::clone(&self.0),
+            layer: self.clone(),
             inner,
         }
     }
 }
 
-impl<S, B> Service<Request<B>> for Observe<S>
+impl<S, B, A> Service<Request<B>> for Observe<S>
 where
-    S: Service<Request<B>, Response = Response<Body>>,
+    S: Service<Request<B>, Response = Response<A>>,
 {
-    type Response = Response<Body>;
+    type Response = Response<Counted<A>>;
     type Error = S::Error;
     type Future = Observed<S::Future>;
 
@@ -82,68 +129,86 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
+        let ObserveLayer { calls, outcomes } = &self.layer;
         let method = Method::of(&request);
-        self.calls.begun(method.index);
+        calls.begun(method.index);
         Observed {
             call: Some(Call {
-                calls: Arc::clone(&self.calls),
+                calls: Arc::clone(calls),
                 method: method.index,
-                code: Code::Cancelled,
+                outcome: outcomes.cancelled,
                 since: Instant::now(),
             }),
+            outcomes: *outcomes,
             is_whole: method.answer == Answer::Message,
             answer: self.inner.call(request),
         }
     }
 }
 
-impl<F, E> Future for Observed<F>
+impl<F, A, E> Future for Observed<F>
 where
-    F: Future<Output = Result<Response<Body>, E>>,
+    F: Future<Output = Result<Response<A>, E>>,
 {
-    type Output = F::Output;
+    type Output = Result<Response<Counted<A>>, E>;
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let answer = ready!(this.answer.poll(context));
-        let Some(mut call) = this.call.take() else {
-            return Poll::Ready(answer);
-        };
+        let (mut call, outcomes) = (this.call.take(), *this.outcomes);
         Poll::Ready(answer.map(|response| {
-            let code = code(response.headers());
-            if code.is_some() || *this.is_whole {
-                call.code = code.unwrap_or(Code::Ok);
-                drop(call);
-                return response;
+            let other = (outcomes.other)(response.status(), response.headers());
+            // A stream goes on until its messages have ended, unless it never began.
+            if (*this.is_whole || other.is_some())
+                && let Some(mut call) = call.take()
+            {
+                call.outcome = other.unwrap_or(outcomes.good);
             }
-            response.map(|messages| Body::new(Streaming { messages, call }))
+            response.map(|messages| Counted {
+                messages,
+                call,
+                outcomes,
+            })
         }))
     }
 }
 
 pin_project! {
-    /// The messages of a stream, until its last.
-    struct Streaming {
+    /// What a call answers; of a stream, its messages until the last.
+    pub struct Counted<A> {
         #[pin]
-        messages: Body,
-        call: Call,
+        messages: A,
+        call: Option<Call>,
+        outcomes: Outcomes,
     }
 }
 
-impl http_body::Body for Streaming {
-    type Data = <Body as http_body::Body>::Data;
-    type Error = Status;
+impl<A: Body> Body for Counted<A> {
+    type Data = A::Data;
+    type Error = A::Error;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Self::Data>, Status>>> {
+    ) -> Poll<Option<Result<Frame<A::Data>, A::Error>>> {
         let this = self.project();
         let polled = this.messages.poll_frame(context);
-        if let Poll::Ready(Some(Ok(frame))) = &polled
-            && let Some(trailers) = frame.trailers_ref()
-        {
-            this.call.code = code(trailers).unwrap_or(Code::Ok);
+        let Some(call) = this.call else {
+            return polled;
+        };
+        match &polled {
+            Poll::Ready(None) => {
+                call.outcome = this.outcomes.good;
+                *this.call = None;
+            }
+            Poll::Ready(Some(Ok(frame))) => {
+                if let Some(trailers) = frame.trailers_ref() {
+                    let other = (this.outcomes.other)(StatusCode::OK, trailers);
+                    call.outcome = other.unwrap_or(this.outcomes.good);
+                    *this.call = None;
+                }
+            }
+            Poll::Ready(Some(Err(_))) | Poll::Pending => {}
         }
         polled
     }
@@ -155,10 +220,4 @@ impl http_body::Body for Streaming {
     fn size_hint(&self) -> SizeHint {
         self.messages.size_hint()
     }
-}
-
-/// What headers or trailers say that the call ended with.
-fn code(headers: &HeaderMap) -> Option<Code> {
-    let code = headers.get(Status::GRPC_STATUS)?;
-    Some(Code::from_bytes(code.as_bytes()))
 }

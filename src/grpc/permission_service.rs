@@ -9,7 +9,7 @@ use super::{
     status, v1,
 };
 use crate::{
-    check::{Checker, Evidence, Freshness, Known, Source},
+    check::{Checker, Evidence, Freshness, Source},
     limits::{Class, Limits},
     loader::LoadError,
     model::{
@@ -73,10 +73,12 @@ impl v1::permission_service_server::PermissionService for PermissionService {
                 .checker
                 .explain(subject, &request.permission, freshness, arrived)
                 .await?;
+            let counts = &self.checker.counts;
+            counts.decided(explanation.reason, evidence.source);
             return Ok(Response::new(explained_response(explanation, evidence)));
         }
         let known = self.checker.know(subject, freshness, arrived).await?;
-        let reason = known.decide(&request.permission);
+        let reason = self.checker.decide(&known, &request.permission);
         Ok(Response::new(v1::CheckPermissionResponse {
             allowed: reason.allows(),
             reason: v1::Reason::from(reason).into(),
@@ -147,7 +149,8 @@ impl v1::permission_service_server::PermissionService for PermissionService {
                     evidence.map_or(known.evidence, |least: Evidence| least.min(known.evidence)),
                 );
             }
-            results.push(batch_result(answer, &item.permission));
+            let reason = answer.map(|known| self.checker.decide(&known, &item.permission));
+            results.push(batch_result(reason));
         }
         // Nothing was answered and trying again may help: the call says so as a whole.
         if let (None, Some(error)) = (evidence, failure) {
@@ -290,19 +293,13 @@ impl v1::permission_service_server::PermissionService for PermissionService {
     }
 }
 
-fn batch_result(
-    answer: Result<Known, Status>,
-    permission: &str,
-) -> v1::BatchCheckPermissionsResult {
+fn batch_result(reason: Result<Reason, Status>) -> v1::BatchCheckPermissionsResult {
     use v1::batch_check_permissions_result::Result as Outcome;
-    let outcome = match answer {
-        Ok(known) => {
-            let reason = known.decide(permission);
-            Outcome::Answer(v1::BatchCheckPermissionsAnswer {
-                allowed: reason.allows(),
-                reason: v1::Reason::from(reason).into(),
-            })
-        }
+    let outcome = match reason {
+        Ok(reason) => Outcome::Answer(v1::BatchCheckPermissionsAnswer {
+            allowed: reason.allows(),
+            reason: v1::Reason::from(reason).into(),
+        }),
         Err(status) => Outcome::Error(status::to_message(&status)),
     };
     v1::BatchCheckPermissionsResult {

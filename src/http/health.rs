@@ -60,6 +60,12 @@ impl HealthReport {
             started_at: Instant::now(),
         }
     }
+
+    /// Whether checks can be answered.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        self.known.borrow().serving
+    }
 }
 
 /// How the service is.

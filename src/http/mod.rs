@@ -15,6 +15,7 @@ mod headers;
 mod health;
 mod lists;
 mod openapi;
+mod ops;
 mod organization_permissions;
 mod packed;
 
@@ -30,14 +31,17 @@ use utoipa_axum::{
 pub use self::health::{Dependency, Health, HealthReport};
 use crate::{
     auth::Authenticator,
+    counters::Calls,
     grpc::{
         admin_service::AdminService,
         audit_service::AuditService,
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
+        observe::{HTTP_OUTCOMES, ObserveLayer},
         permission_service::PermissionService,
     },
     limits::Limits,
+    telemetry::Metrics,
 };
 
 /// Of a request but a batch: a setting that names 10,000 users by ids of 36 bytes, with room.
@@ -65,15 +69,19 @@ pub struct Services {
     pub health: HealthReport,
 }
 
-/// Everything that is served over HTTP. With TLS, browsers are told never to come without it.
-pub fn router(
-    services: Services,
-    authenticator: Arc<Authenticator>,
-    limits: Arc<Limits>,
-    settings: &Settings,
-    has_tls: bool,
-) -> Router {
-    let is_open = authenticator.is_open();
+/// What every call comes through before it is answered.
+#[derive(Clone)]
+pub struct Entrance {
+    pub authenticator: Arc<Authenticator>,
+    pub limits: Arc<Limits>,
+    /// By method and outcome: see [`HTTP_OUTCOMES`].
+    pub calls: Arc<Calls>,
+    /// With TLS, browsers are told never to come without it.
+    pub has_tls: bool,
+}
+
+/// Everything that callers are served over HTTP.
+pub fn router(services: Services, entrance: Entrance, settings: &Settings) -> Router {
     let batch_body = DefaultBodyLimit::max(BATCH_BODY_BYTES_MAX);
     let (routes, description) = OpenApiRouter::with_openapi(openapi::description())
         .routes(routes!(health::health))
@@ -85,17 +93,35 @@ pub fn router(
         .routes(routes!(audit::list))
         .routes(routes!(audit::stream))
         .split_for_parts();
-    routes
+    let routes = routes
         .merge(openapi::routes(&description))
         .merge(docs::routes())
         .fallback(failure::no_such_path)
-        .with_state(services)
-        // From outside: what every answer has, and what every call comes through.
-        .layer(
+        .with_state(services);
+    entrance.before(routes, &settings.cors_origins)
+}
+
+/// What operators are served: metrics, and whether the service runs and answers.
+pub fn ops_router(metrics: Metrics, health: HealthReport, entrance: Entrance) -> Router {
+    entrance.before(ops::routes(metrics, health), &[])
+}
+
+impl Entrance {
+    /// From outside: what every answer has, and what every call comes through.
+    fn before(self, routes: Router, cors_origins: &[HeaderValue]) -> Router {
+        let Self {
+            authenticator,
+            limits,
+            calls,
+            has_tls,
+        } = self;
+        let is_open = authenticator.is_open();
+        routes.layer(
             ServiceBuilder::new()
                 .layer(middleware::from_fn(headers::with_request_id))
+                .layer(ObserveLayer::new(calls, HTTP_OUTCOMES))
                 .map_response(move |response| headers::secured(response, has_tls))
-                .option_layer(headers::cors(&settings.cors_origins))
+                .option_layer(headers::cors(cors_origins))
                 .layer(middleware::from_fn(failure::as_json))
                 .layer(middleware::from_fn(move |request, next| {
                     headers::asked_for_here(is_open, request, next)
@@ -108,4 +134,5 @@ pub fn router(
                 .map_response(headers::of_tonic)
                 .layer(middleware::from_fn(packed::answers)),
         )
+    }
 }

@@ -22,9 +22,11 @@ use super::{
 };
 use crate::{
     auth::{Authenticator, Peer},
+    counters::Calls,
     grpc::{
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
+        observe::{GRPC_OUTCOMES, ObserveLayer},
         v1,
     },
     http::Services,
@@ -80,13 +82,15 @@ pub(super) async fn serve_grpc(
     routes: Routes,
     authenticator: Arc<Authenticator>,
     limits: Arc<Limits>,
+    calls: Arc<Calls>,
     acceptor: Acceptor,
     connections: Connections,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     listen(&connections)
-        // What a call comes through, from outside: a place among those in flight and its address's share, a time by
+        // What a call comes through, from outside: the counting of all, a place among those in flight and its address's share, a time by
         // which it ends, who calls and whether that fits, and the caller's share.
+        .layer(ObserveLayer::new(calls, GRPC_OUTCOMES))
         .layer(DoorLayer(Arc::clone(&limits)))
         .layer(DeadlineLayer(Arc::clone(&limits)))
         .layer(GateLayer(authenticator, Arc::clone(&limits)))

@@ -110,6 +110,12 @@ impl Tls {
         })
     }
 
+    /// When the certificate in use expires, since 1970.
+    #[must_use]
+    pub fn expires(&self) -> Duration {
+        self.current.load().expires_at.unix_duration()
+    }
+
     /// Whether clients are asked for certificates.
     #[must_use]
     pub fn asks_for_certificates(&self) -> bool {

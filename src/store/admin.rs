@@ -19,6 +19,7 @@ use super::{
     StoreError,
     load::{decode_head, refuse_standby},
     pool::Connection,
+    timings::Question,
 };
 use crate::model::{OrganizationId, Position, UserId};
 
@@ -249,7 +250,7 @@ impl Connection {
                 () = nobody_waits(caller_gone, &commits) => {}
             }
         };
-        let made = self.work_until(given_up, async |connection| {
+        let made = self.work_until(Question::Change, given_up, async |connection| {
             let transaction = connection.transaction().await?;
             transaction
                 .execute(CHANGE, &[&steps, &actor, &kind.sql()])
@@ -285,7 +286,7 @@ impl Connection {
                 () = caller_gone => {}
             }
         };
-        let tried = self.work_until(given_up, async |connection| {
+        let tried = self.work_until(Question::Preview, given_up, async |connection| {
             // One snapshot, before and after: nobody else's change is counted.
             let transaction = connection
                 .build_transaction()
@@ -315,11 +316,15 @@ impl Connection {
         self,
         organization: OrganizationId,
     ) -> Result<(Position, Vec<OrganizationPermission>), AdminError> {
-        let asked = self.work_until(sleep(CHANGE_WAIT_MAX), async |connection| {
-            connection
-                .query(ORGANIZATION_SETTINGS, &[&organization.0])
-                .await
-        });
+        let asked = self.work_until(
+            Question::Settings,
+            sleep(CHANGE_WAIT_MAX),
+            async |connection| {
+                connection
+                    .query(ORGANIZATION_SETTINGS, &[&organization.0])
+                    .await
+            },
+        );
         let rows = asked.await.ok_or_else(too_long)??;
         let first = rows
             .first()

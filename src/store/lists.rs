@@ -11,6 +11,7 @@ use super::{
     StoreError,
     load::{ReadFrom, decode_head, decode_reason, refuse_standby},
     pool::Connection,
+    timings::Question,
 };
 use crate::model::{OrganizationId, Position, Reason, UserId};
 
@@ -88,6 +89,7 @@ impl Connection {
         let limit = bounds.row_limit();
         let rows = self
             .query(
+                Question::Holders,
                 PERMISSION_HOLDERS,
                 &[&organization.0, &permission, &bounds.first, &limit],
             )
@@ -116,6 +118,7 @@ impl Connection {
             among.map(|among| among.iter().map(|organization| organization.0).collect());
         let rows = self
             .query(
+                Question::Organizations,
                 USER_ORGANIZATIONS,
                 &[&user.0, &among, &bounds.first, &limit],
             )
@@ -139,7 +142,11 @@ impl Connection {
     ) -> Result<(Position, Option<OrganizationSummary>), StoreError> {
         let believe_summary = from == ReadFrom::MatrixOrView;
         let rows = self
-            .query(ORGANIZATION_SUMMARY, &[&organization.0, &believe_summary])
+            .query(
+                Question::Summary,
+                ORGANIZATION_SUMMARY,
+                &[&organization.0, &believe_summary],
+            )
             .await?;
         let (head, row) = decode_first(&rows)?;
         if row.try_get::<_, Option<Uuid>>(3)?.is_none() {

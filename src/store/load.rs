@@ -6,7 +6,7 @@ use tokio::task::yield_now;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Store, StoreError, pool::Connection};
+use super::{Store, StoreError, pool::Connection, timings::Question};
 use crate::model::{
     Catalog, DecidedPermission, Membership, OrganizationId, PermissionTemplate, Position, Reason,
     Subject, SubjectPermissions, UserId,
@@ -93,6 +93,7 @@ impl Store {
         let believe_matrix = from == ReadFrom::MatrixOrView;
         let rows = connection
             .query(
+                Question::Load,
                 LOAD,
                 &[
                     &organizations,
@@ -136,6 +137,7 @@ impl Store {
         let connection = self.misses.acquire().await?;
         let rows = connection
             .query(
+                Question::NextMembers,
                 NEXT_MEMBERS,
                 &[&after.organization.0, &after.user.0, &count],
             )
@@ -185,6 +187,7 @@ impl Connection {
     ) -> Result<Explanation, StoreError> {
         let rows = self
             .query(
+                Question::Explain,
                 EXPLAIN,
                 &[&subject.organization.0, &subject.user.0, &permission],
             )

@@ -11,6 +11,7 @@ use super::{
     DatabaseUrl, Store, StoreError, describe,
     load::{self, refuse_standby},
     pool::Connection,
+    timings::Question,
 };
 use crate::model::{Change, OrganizationId, Position, Subject, UserId};
 
@@ -138,6 +139,7 @@ impl Store {
         let connection = self.misses.acquire().await?;
         let rows = connection
             .query(
+                Question::FindPositions,
                 FIND_POSITIONS,
                 &[
                     &asked.seq,
@@ -171,6 +173,7 @@ impl Connection {
     ) -> Result<bool, StoreError> {
         let rows = self
             .query(
+                Question::TouchedSince,
                 TOUCHED_SINCE,
                 &[&organization.0, &position.seq, &position.uid.cast_signed()],
             )

@@ -13,11 +13,13 @@ pub mod load;
 pub mod log;
 pub mod migrations;
 pub mod pool;
+pub mod samples;
+pub mod timings;
 mod tls;
 mod uninstall;
 pub mod upkeep;
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use thiserror::Error;
@@ -29,7 +31,10 @@ use tokio_postgres::{
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::task::AbortOnDropHandle;
 
-use self::pool::Connections;
+use self::{
+    pool::Connections,
+    timings::{Question, Timings},
+};
 
 /// How long a connection attempt may take. Longer than a handshake across regions, shorter than a caller waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -249,13 +254,14 @@ const PING_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// The database as the data path sees it: pools of connections with a limit on every statement.
 pub struct Store {
-    misses: Connections,
+    pub misses: Connections,
     pub reads: Connections,
     pub audits: Connections,
     /// One, for what is new in the audit log: the past must not keep it waiting.
     pub audit_tail: Connections,
     /// The catalog that was decoded last, shared by all entries while it does not change.
     catalog: ArcSwap<crate::model::Catalog>,
+    pub timings: Arc<Timings>,
 }
 
 impl Store {
@@ -265,12 +271,15 @@ impl Store {
     /// Never with the settings that this function makes; a defect otherwise.
     pub fn new(url: &DatabaseUrl) -> Result<Self, StoreError> {
         let url = url.clone().with_statement_timeout(Some(LOAD_TIMEOUT));
+        let timings = Arc::default();
+        let pool = |size| Connections::new(&url, size, &timings);
         Ok(Self {
-            misses: Connections::new(&url, MISS_CONNECTIONS_MAX + ASIDE_CONNECTIONS_MAX)?,
-            reads: Connections::new(&url, READ_CONNECTIONS_MAX)?,
-            audits: Connections::new(&url, AUDIT_CONNECTIONS_MAX)?,
-            audit_tail: Connections::new(&url, 1)?,
+            misses: pool(MISS_CONNECTIONS_MAX + ASIDE_CONNECTIONS_MAX)?,
+            reads: pool(READ_CONNECTIONS_MAX)?,
+            audits: pool(AUDIT_CONNECTIONS_MAX)?,
+            audit_tail: pool(1)?,
             catalog: ArcSwap::default(),
+            timings,
         })
     }
 
@@ -278,9 +287,9 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::new`].
-    pub fn changes(url: &DatabaseUrl) -> Result<Connections, StoreError> {
+    pub fn changes(&self, url: &DatabaseUrl) -> Result<Connections, StoreError> {
         let url = url.clone().with_statement_timeout(Some(LOAD_TIMEOUT));
-        Connections::new(&url, CHANGE_CONNECTIONS_MAX)
+        Connections::new(&url, CHANGE_CONNECTIONS_MAX, &self.timings)
     }
 
     /// Opens every connection of the pools, so that the first questions need not.
@@ -299,7 +308,12 @@ impl Store {
     pub async fn ping(&self) -> Result<(), StoreError> {
         let connection = self.misses.acquire().await?;
         let rows = connection
-            .query_within(PING_WAIT_MAX, "SELECT pg_is_in_recovery()", &[])
+            .query_within(
+                PING_WAIT_MAX,
+                Question::Ping,
+                "SELECT pg_is_in_recovery()",
+                &[],
+            )
             .await?;
         rows.first()
             .map_or(Ok(()), |row| load::refuse_standby(row, 0))

@@ -3,7 +3,11 @@
 //! Invariant: a connection in a pool has no question under way. One that does not answer in time is closed, and the
 //! database is told to give the question up, which it would otherwise go on working at.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use deadpool_postgres::{
     Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
@@ -12,7 +16,10 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres::{Row, types::ToSql};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::{CONNECT_TIMEOUT, DatabaseUrl, StoreError};
+use super::{
+    CONNECT_TIMEOUT, DatabaseUrl, StoreError,
+    timings::{Question, Timings},
+};
 
 /// How long a question waits for a connection: longer than most statements take, shorter than a caller's patience.
 const ACQUIRE_WAIT_MAX: Duration = Duration::from_secs(1);
@@ -32,16 +39,32 @@ pub struct Connections {
     size: usize,
     /// What takes a question back goes the way that the question went.
     tls: MakeRustlsConnect,
+    timings: Arc<Timings>,
+}
+
+/// How much of a pool is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolUse {
+    pub in_use: usize,
+    pub idle: usize,
+    pub max: usize,
+    /// Questions that wait for a connection.
+    pub waiting: usize,
 }
 
 /// A connection of a pool, for one question.
 pub struct Connection {
     connection: Object,
     tls: MakeRustlsConnect,
+    timings: Arc<Timings>,
 }
 
 impl Connections {
-    pub(super) fn new(url: &DatabaseUrl, size: usize) -> Result<Self, StoreError> {
+    pub(super) fn new(
+        url: &DatabaseUrl,
+        size: usize,
+        timings: &Arc<Timings>,
+    ) -> Result<Self, StoreError> {
         let manager = Manager::from_config(
             url.config.clone(),
             url.tls.clone(),
@@ -61,6 +84,7 @@ impl Connections {
             pool,
             size,
             tls: url.tls.clone(),
+            timings: Arc::clone(timings),
         })
     }
 
@@ -83,7 +107,20 @@ impl Connections {
         Ok(Connection {
             connection: self.pool.get().await?,
             tls: self.tls.clone(),
+            timings: Arc::clone(&self.timings),
         })
+    }
+
+    /// As of now; a connection that is being opened counts as in use.
+    #[must_use]
+    pub fn usage(&self) -> PoolUse {
+        let status = self.pool.status();
+        PoolUse {
+            in_use: status.size.saturating_sub(status.available),
+            idle: status.available,
+            max: status.max_size,
+            waiting: status.waiting,
+        }
     }
 }
 
@@ -94,24 +131,28 @@ impl Connection {
     /// own.
     pub(super) async fn query(
         self,
+        question: Question,
         sql: &str,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
-        self.query_within(ANSWER_WAIT_MAX, sql, parameters).await
+        self.query_within(ANSWER_WAIT_MAX, question, sql, parameters)
+            .await
     }
 
     pub(super) async fn query_within(
         self,
         wait_max: Duration,
+        question: Question,
         sql: &str,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, StoreError> {
-        let answer = self.work_until(sleep(wait_max), async |connection| {
+        let timings = Arc::clone(&self.timings);
+        let answer = self.work_until(question, sleep(wait_max), async |connection| {
             let statement = connection.prepare_cached(sql).await?;
             connection.query(&statement, parameters).await
         });
         match answer.await {
-            Some(rows) => Ok(rows?),
+            Some(rows) => Ok(rows.inspect_err(|_| timings.failed(question))?),
             None => Err(StoreError::Unavailable(format!(
                 "no answer within {wait_max:?}"
             ))),
@@ -123,18 +164,26 @@ impl Connection {
     /// Must not be dropped half-way, as [`Connection::query`].
     pub(super) async fn work_until<T>(
         self,
+        question: Question,
         given_up: impl Future<Output = ()>,
         work: impl AsyncFnOnce(&mut Object) -> T,
     ) -> Option<T> {
         let Self {
             mut connection,
             tls,
+            timings,
         } = self;
-        tokio::select! {
+        let since = Instant::now();
+        let done = tokio::select! {
             biased;
-            done = work(&mut connection) => return Some(done),
-            () = given_up => {}
+            done = work(&mut connection) => Some(done),
+            () = given_up => None,
+        };
+        timings.ended(question, since);
+        if done.is_some() {
+            return done;
         }
+        timings.failed(question);
         // Out of the pool first: another one may be opened in its place.
         let connection = Object::take(connection);
         let cancelled = connection.cancel_token();

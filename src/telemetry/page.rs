@@ -3,14 +3,16 @@
 use std::fmt;
 
 use prometheus_client::{
-    encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet},
+    encoding::{DescriptorEncoder, EncodeLabelSet, MetricEncoder, NoLabelSet},
     metrics::MetricType,
-    registry::Unit,
 };
 
-use crate::counters::{BUCKETS_MICROS, Durations};
+use crate::counters::{Distribution, Histograms};
 
 pub(super) struct Page<'a>(pub(super) DescriptorEncoder<'a>);
+
+/// A metric's labels and their values.
+pub(super) type Labels<const N: usize> = [(&'static str, &'static str); N];
 
 impl Page<'_> {
     /// `_total` is added to the name.
@@ -30,6 +32,35 @@ impl Page<'_> {
         Ok(())
     }
 
+    pub(super) fn counter(&mut self, name: &str, help: &str, count: u64) -> fmt::Result {
+        let mut counter = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Counter)?;
+        counter.encode_counter::<NoLabelSet, _, u64>(&count, None)
+    }
+
+    pub(super) fn seconds_counter(&mut self, name: &str, help: &str, seconds: f64) -> fmt::Result {
+        let mut counter = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Counter)?;
+        counter.encode_counter::<NoLabelSet, _, f64>(&seconds, None)
+    }
+
+    pub(super) fn gauges<L: EncodeLabelSet>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (L, f64)>,
+    ) -> fmt::Result {
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in values {
+            family.encode_family(&labels)?.encode_gauge(&value)?;
+        }
+        Ok(())
+    }
+
     pub(super) fn gauge(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
         let mut gauge = self
             .0
@@ -37,30 +68,52 @@ impl Page<'_> {
         gauge.encode_gauge(&value)
     }
 
-    /// `_seconds` is added to the name.
+    /// `series` are places in `histograms`, whose values are `unit` each.
     pub(super) fn histograms<L: EncodeLabelSet>(
         &mut self,
         name: &str,
         help: &str,
-        durations: impl IntoIterator<Item = (L, Durations)>,
+        (histograms, unit): (&Histograms, f64),
+        series: impl IntoIterator<Item = (L, usize)>,
     ) -> fmt::Result {
-        let mut family =
-            self.0
-                .encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Histogram)?;
-        for (labels, durations) in durations {
-            let mut histogram = family.encode_family(&labels)?;
-            let count = durations.buckets.iter().sum();
-            #[expect(clippy::cast_precision_loss, reason = "bounds of some seconds")]
-            let bounds = BUCKETS_MICROS.iter().map(|micros| *micros as f64 / 1e6);
-            let bounds = bounds.chain([f64::INFINITY]);
-            let buckets: Vec<(f64, u64)> = bounds.zip(durations.buckets).collect();
-            histogram.encode_histogram::<NoLabelSet>(
-                durations.sum.as_secs_f64(),
-                count,
-                &buckets,
-                None,
-            )?;
+        let mut family = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for (labels, place) in series {
+            encode(family.encode_family(&labels)?, histograms, unit, place)?;
         }
         Ok(())
     }
+
+    /// The first series of `histograms`.
+    pub(super) fn histogram(
+        &mut self,
+        name: &str,
+        help: &str,
+        (histograms, unit): (&Histograms, f64),
+    ) -> fmt::Result {
+        let histogram = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Histogram)?;
+        encode(histogram, histograms, unit, 0)
+    }
+}
+
+fn encode(
+    mut encoder: MetricEncoder<'_>,
+    histograms: &Histograms,
+    unit: f64,
+    place: usize,
+) -> fmt::Result {
+    let Distribution { sum, buckets } = histograms.read(place);
+    let count = buckets.iter().sum();
+    let bounds = histograms.bounds().iter();
+    let bounds = bounds.map(|bound| float(*bound) * unit);
+    let buckets: Vec<(f64, u64)> = bounds.chain([f64::INFINITY]).zip(buckets).collect();
+    encoder.encode_histogram::<NoLabelSet>(float(sum) * unit, count, &buckets, None)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "exact up to 2^53")]
+pub(super) fn float(count: u64) -> f64 {
+    count as f64
 }

@@ -79,6 +79,7 @@ pub(crate) fn command(program: &str) -> Command {
     }
     // Several run at once, and its usual port is one.
     command.env("HALLPASS_HTTP_LISTEN", "none");
+    command.env("HALLPASS_OPS_LISTEN", "none");
     command.stdin(Stdio::null()).kill_on_drop(true);
     command
 }

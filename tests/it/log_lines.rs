@@ -46,6 +46,7 @@ async fn input_makes_no_line_of_the_log_and_passwords_are_not_in_it() {
         .arg(format!("{url}&password={PASSWORD}"))
         .arg(format!("--grpc-listen=unix:{}", socket.display()))
         .arg("--http-listen=none")
+        .arg("--ops-listen=none")
         .env("RUST_LOG", "trace")
         .stdout(Stdio::null())
         .stderr(fs::File::create(&log).unwrap())

@@ -68,6 +68,7 @@ mod migrate;
 mod mtls;
 mod names;
 mod operations;
+mod ops;
 mod oracle;
 mod outage;
 mod pki;

@@ -58,6 +58,8 @@ pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     /// Where it serves HTTP.
     pub(crate) http: SocketAddr,
+    /// Where operators look.
+    pub(crate) ops: SocketAddr,
     pub(crate) endpoint: String,
     pub(crate) channel: Channel,
     ready: Option<oneshot::Receiver<()>>,
@@ -94,6 +96,7 @@ pub(crate) fn config(url: &str) -> Config {
         inspection_interval: config::INSPECTION_INTERVAL,
         audit_retention_days: None,
         maintenance_interval: config::MAINTENANCE_INTERVAL,
+        sample_interval: Duration::from_millis(100),
         self_check_every: SAMPLE_EVERY,
         lame_duck: Duration::ZERO,
         drain_max: config::DRAIN_MAX,
@@ -156,6 +159,8 @@ impl Server {
         let address = listener.local_addr().unwrap();
         let http_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let http = http_listener.local_addr().unwrap();
+        let ops_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let ops = ops_listener.local_addr().unwrap();
         let (shutdown, stopped) = oneshot::channel();
         let (ready, is_ready) = oneshot::channel();
         let running = tokio::spawn(server::run(
@@ -163,6 +168,7 @@ impl Server {
             Listeners {
                 grpc: Listener::Tcp(listener),
                 http: Some(Listener::Tcp(http_listener)),
+                ops: Some(Listener::Tcp(ops_listener)),
             },
             // A test that has failed waits no more.
             move || ready.send(()).unwrap_or(()),
@@ -172,6 +178,7 @@ impl Server {
         Self {
             address,
             http,
+            ops,
             endpoint,
             channel,
             ready: Some(is_ready),

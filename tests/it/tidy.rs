@@ -11,10 +11,11 @@ use std::{
 use hallpass::store::migrations::MIGRATIONS;
 
 /// Each module of the crate and what it may import: nothing that stands above it.
-const MAY_IMPORT: [(&str, &[&str]); 19] = [
+const MAY_IMPORT: [(&str, &[&str]); 21] = [
     ("model", &[]),
     ("embedded", &[]),
-    ("store", &["model"]),
+    ("counters", &[]),
+    ("store", &["counters", "model"]),
     ("audit", &["feed", "model", "store"]),
     ("auth", &["model", "store"]),
     ("cache", &["model"]),
@@ -22,11 +23,12 @@ const MAY_IMPORT: [(&str, &[&str]); 19] = [
     ("config", &["limits", "store"]),
     ("history", &["cache", "model"]),
     ("feed", &["cache", "history", "model", "store"]),
-    ("loader", &["cache", "feed", "model", "store"]),
+    ("loader", &["cache", "counters", "feed", "model", "store"]),
     (
         "check",
         &[
             "cache",
+            "counters",
             "feed",
             "history",
             "loader",
@@ -40,11 +42,20 @@ const MAY_IMPORT: [(&str, &[&str]); 19] = [
     (
         "grpc",
         &[
-            "audit", "auth", "cache", "check", "feed", "limits", "loader", "model", "store",
-            "upkeep",
+            "audit", "auth", "cache", "check", "counters", "feed", "limits", "loader", "model",
+            "store", "upkeep",
         ],
     ),
-    ("http", &["auth", "grpc", "limits", "model"]),
+    (
+        "telemetry",
+        &[
+            "audit", "auth", "check", "counters", "grpc", "limits", "model", "store",
+        ],
+    ),
+    (
+        "http",
+        &["auth", "counters", "grpc", "limits", "model", "telemetry"],
+    ),
     (
         "server",
         &[
@@ -52,6 +63,7 @@ const MAY_IMPORT: [(&str, &[&str]); 19] = [
             "auth",
             "cache",
             "check",
+            "counters",
             "feed",
             "grpc",
             "http",
@@ -60,6 +72,7 @@ const MAY_IMPORT: [(&str, &[&str]); 19] = [
             "model",
             "selfcheck",
             "store",
+            "telemetry",
             "upkeep",
         ],
     ),

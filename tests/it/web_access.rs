@@ -18,6 +18,9 @@ use crate::{
     web::{Web, WebAnswer},
 };
 
+/// What has a listener of its own.
+const OPERATORS: [&str; 3] = ["GET /livez", "GET /metrics", "GET /readyz"];
+
 /// As the table has it.
 type Named = BTreeMap<String, Need>;
 
@@ -70,7 +73,10 @@ fn the_table_of_http_is_this() {
         "GET /v1/organizations/{organization_id}/users/{user_id}/permissions",
     ];
     let expected = [
-        ("Nothing", vec!["GET /api/health"]),
+        (
+            "Nothing",
+            vec!["GET /api/health", "GET /livez", "GET /readyz"],
+        ),
         (
             "Open",
             vec![
@@ -90,6 +96,7 @@ fn the_table_of_http_is_this() {
             vec!["POST /v1/batch-check", "POST /v1/check"],
         ),
         ("Scope(List)", list.to_vec()),
+        ("Scope(Metrics)", vec!["GET /metrics"]),
     ];
     let expected = expected.map(|(need, names)| {
         let names: Vec<String> = names.into_iter().map(str::to_owned).collect();
@@ -119,9 +126,13 @@ async fn every_call_asks_for_what_it_needs() {
         with_all_but.insert(missing.name(), made.make(url).await);
     }
     let server = Server::start(config_with_keys(url, TIMING, Pepper::default())).await;
-    let web = Web::of(&server);
-    let with = |header: &str| web.clone().with("authorization", header);
     for (name, need) in rows() {
+        let web = Web::at(if OPERATORS.contains(&&*name) {
+            server.ops
+        } else {
+            server.http
+        });
+        let with = |header: &str| web.clone().with("authorization", header);
         let said = async |header: &str| refusal(&call(&with(header), &name).await);
         let said_to = async |key: &str| said(&format!("Bearer {key}")).await;
         let is_open = matches!(need, Need::Nothing | Need::Open);

@@ -15,7 +15,10 @@ use crate::{
 };
 
 /// What the description is in, and what shows it.
-const NOT_DESCRIBED: [&str; 4] = [
+const NOT_DESCRIBED: [&str; 7] = [
+    "GET /livez",
+    "GET /metrics",
+    "GET /readyz",
     "GET /openapi.json",
     "GET /docs",
     "GET /docs/",

@@ -9,7 +9,7 @@ use tokio_postgres::types::ToSql;
 use super::{AuditEntry, AuditFilter, decode_entries, first_row, position};
 use crate::{
     model::{Cursor, Position},
-    store::{StoreError, load::decode_head, pool::Connection},
+    store::{StoreError, load::decode_head, pool::Connection, timings::Question},
 };
 
 /// Bytes of values before and after, as PostgreSQL stores them, from which on a page takes no more rows: a row may name
@@ -127,7 +127,9 @@ impl Connection {
         let place: [&(dyn ToSql + Sync); 5] =
             [&cursor.entry.seq, &uid, &cursor.row, &scan, &PAGE_BYTES];
         parameters.extend(place);
-        let rows = self.query(READ_FORWARD, &parameters).await?;
+        let rows = self
+            .query(Question::AuditPage, READ_FORWARD, &parameters)
+            .await?;
         let first = first_row(&rows)?;
         let place = match first.try_get(2)? {
             "known" => Place::Known,
@@ -173,7 +175,7 @@ impl Connection {
     /// # Errors
     /// As [`Connection::audit_page`].
     pub async fn audit_head(self) -> Result<Position, StoreError> {
-        let rows = self.query(HEAD, &[]).await?;
+        let rows = self.query(Question::AuditHead, HEAD, &[]).await?;
         decode_head(first_row(&rows)?, 1)
     }
 
@@ -182,7 +184,9 @@ impl Connection {
     /// # Errors
     /// As [`Connection::audit_page`].
     pub async fn audit_position_before(self, time: SystemTime) -> Result<Position, StoreError> {
-        let rows = self.query(BEFORE_TIME, &[&time]).await?;
+        let rows = self
+            .query(Question::AuditHead, BEFORE_TIME, &[&time])
+            .await?;
         decode_head(first_row(&rows)?, 1)
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use tokio_postgres::types::ToSql;
 
 use super::{AuditEntry, AuditFilter, decode_entries, first_row};
-use crate::store::{StoreError, pool::Connection};
+use crate::store::{StoreError, pool::Connection, timings::Question};
 
 /// Rows of the index that a page scans at most; one that has found less than it was asked for says where to go on.
 pub const SCAN_MAX: u16 = 5_000;
@@ -137,7 +137,9 @@ impl Connection {
             &PAGE_BYTES,
         ];
         parameters.extend(place);
-        let rows = self.query(filter.list_sql(), &parameters).await?;
+        let rows = self
+            .query(Question::AuditList, filter.list_sql(), &parameters)
+            .await?;
         let first = first_row(&rows)?;
         let (is_cut, is_full): (bool, bool) = (first.try_get(1)?, first.try_get(2)?);
         let next = match rows.last() {

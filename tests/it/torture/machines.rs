@@ -247,6 +247,7 @@ fn spawn(directory: &Path, url: &str, bound: Duration, clock: Option<&Path>) -> 
         .args(["serve", "--database-url", url])
         .arg(format!("--grpc-listen=unix:{}", socket.display()))
         .arg("--http-listen=none")
+        .arg("--ops-listen=none")
         .arg(format!("--staleness-bound={}ms", bound.as_millis()))
         .arg("--matrix-refresh-interval=1s")
         .arg("--lame-duck=10ms")

@@ -83,6 +83,7 @@ mod quotas;
 mod race;
 mod retention;
 mod roles;
+mod rolling;
 mod scenario;
 mod scenarios;
 mod selfcheck;

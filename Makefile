@@ -175,7 +175,7 @@ audit-plans: ## see that lists of the audit log read their indexes at a million 
 	@$(CARGO) test --locked --quiet --test it -- --exact audit_list::lists_read_their_indexes_of_a_million_rows --ignored
 
 alerts: ## raise every alert on a real Prometheus with two replicas, and see each panel of the dashboard filled
-	@tools/prerequisites.sh rust cc postgresql prometheus
+	@tools/prerequisites.sh rust cc postgresql promtool
 	@$(CARGO) test --locked --quiet --test it -- alerts_fire:: --ignored --nocapture
 
 audit-kills: ## kill a replica and the database TIMES=25 times each, and compare what audit streams got with the log

@@ -3,12 +3,13 @@
 CARGO = cargo
 BUF = tools/node_modules/.bin/buf
 IMAGE = proto/hallpass.v1.binpb
-SCRIPTS = .ci/run tools/*.sh fuzz/*.sh
+SCRIPTS = .ci/run tools/*.sh fuzz/*.sh deploy/compose/*.sh
 
 # cargo's tools that are not Rust's own, built from their authors' lock files.
 TOOLS = $(or $(CARGO_TARGET_DIR),target)/tools
 DENY = $(TOOLS)/cargo-deny-0.20.2/bin/cargo-deny
 CYCLONEDX = $(TOOLS)/cargo-cyclonedx-0.5.9/bin/cargo-cyclonedx
+DEPLOY_PYTHON = $(or $(CARGO_TARGET_DIR),target)/python-deploy
 SCHEMATHESIS = $(or $(CARGO_TARGET_DIR),target)/python-schemathesis/bin/schemathesis
 
 # A rustup that was installed a minute ago is not on PATH yet.
@@ -31,7 +32,7 @@ endif
 NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/node_modules/.package-lock.json
 PYTHON = target/python/bin/python
 
-.PHONY: help demo examples test lint lint-dependencies lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
+.PHONY: help alerts demo examples test lint lint-alerts lint-dependencies lint-deploy lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
 	audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
@@ -63,7 +64,7 @@ target/python/installed: examples/python/requirements.txt $(wildcard proto/*/*/*
 		hallpass/v1/audit_service.proto hallpass/v1/permission_service.proto
 	@touch $@
 
-lint: lint-mutants lint-rust lint-dependencies lint-fuzz lint-proto lint-http lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contracts and the scripts
+lint: lint-mutants lint-alerts lint-deploy lint-rust lint-dependencies lint-fuzz lint-proto lint-http lint-scripts ## check formatting, lints, documentation, dependencies, the parsers, the contracts, alerts, manifests and the scripts
 
 lint-rust:
 	@tools/prerequisites.sh rust rust-lints cc c++
@@ -88,6 +89,23 @@ $(SCHEMATHESIS): tools/schemathesis.txt
 	@tools/prerequisites.sh python
 	python3 -m venv $(@:/bin/schemathesis=)
 	$(@:/bin/schemathesis=)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+# The alerts are raised and end when they should: the rules alone, without a Prometheus that runs.
+lint-alerts:
+	@tools/prerequisites.sh promtool
+	promtool check config deploy/prometheus/prometheus.yml
+	cd deploy/prometheus && promtool test rules hallpass.rules.test.yml hallpass.budget.test.yml
+
+# The unit, the image and the manifests, as far as they can be judged without systemd, Docker and a cluster.
+lint-deploy: $(DEPLOY_PYTHON)/installed
+	@tools/prerequisites.sh systemd-analyze kubectl
+	@tools/deploy.sh $(DEPLOY_PYTHON)/bin
+
+$(DEPLOY_PYTHON)/installed: tools/deploy.txt
+	@tools/prerequisites.sh python
+	python3 -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 lint-scripts:
@@ -155,6 +173,10 @@ overload: ## offer three times what the service can answer, and print what becom
 audit-plans: ## see that lists of the audit log read their indexes at a million rows
 	@tools/prerequisites.sh rust cc postgresql
 	@$(CARGO) test --locked --quiet --test it -- --exact audit_list::lists_read_their_indexes_of_a_million_rows --ignored
+
+alerts: ## raise every alert on a real Prometheus with two replicas, and see each panel of the dashboard filled
+	@tools/prerequisites.sh rust cc postgresql promtool
+	@$(CARGO) test --locked --quiet --test it -- alerts_fire:: --ignored --nocapture
 
 audit-kills: ## kill a replica and the database TIMES=25 times each, and compare what audit streams got with the log
 	@tools/prerequisites.sh rust cc postgresql psql

@@ -209,7 +209,7 @@ pub async fn run(
         Arc::clone(&checker.cache),
         Arc::clone(&checker.progress),
     ));
-    let observed = Observed::new();
+    let observed = Observed::default();
     let traces = Arc::new(Traces::new(&config.traces)?);
     let (samples, sampled) = watch::channel(None);
     background.spawn(upkeep::sample(

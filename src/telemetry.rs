@@ -20,7 +20,7 @@ use prometheus_client::{
 };
 use tokio::sync::watch;
 
-use self::page::{Labels, Page, float};
+use self::page::{Labels, Page, flag, float, signed};
 use crate::{
     audit::tail::Tail,
     auth::access::ACCESS,
@@ -36,6 +36,9 @@ use crate::{
 /// The content type of [`page`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// A method that nobody serves; what a caller makes up is no label.
+const UNKNOWN: &str = "unknown";
+
 /// Durations are counted in microseconds, and shown in seconds.
 const MICROS: f64 = 1e-6;
 
@@ -46,9 +49,9 @@ pub struct Observed {
     pub http: Arc<Calls>,
 }
 
-impl Observed {
-    #[must_use]
-    pub fn new() -> Self {
+impl Default for Observed {
+    fn default() -> Self {
+        // One more for what nobody serves.
         let calls = |outcomes: Outcomes| Arc::new(Calls::new(ACCESS.len() + 1, outcomes.count));
         Self {
             grpc: calls(GRPC_OUTCOMES),
@@ -151,7 +154,10 @@ impl Telemetry {
         ];
         let calls = &self.observed.grpc;
         protocol(page, grpc, calls, ("grpc_code", &GRPC_CODES), |name| {
-            let (service, method) = name.strip_prefix('/')?.split_once('/')?;
+            let (service, method) = match name {
+                UNKNOWN => (UNKNOWN, UNKNOWN),
+                name => name.strip_prefix('/')?.split_once('/')?,
+            };
             Some([("grpc_service", service), ("grpc_method", method)])
         })?;
         let http = [
@@ -161,7 +167,10 @@ impl Telemetry {
         ];
         let calls = &self.observed.http;
         protocol(page, http, calls, ("http_code", &HTTP_STATUSES), |name| {
-            let (method, route) = name.split_once(' ')?;
+            let (method, route) = match name {
+                UNKNOWN => (UNKNOWN, UNKNOWN),
+                name => name.split_once(' ')?,
+            };
             Some([("http_method", method), ("http_route", route)])
         })
     }
@@ -268,11 +277,10 @@ impl Telemetry {
             "Changes that ended cached answers, by what changed",
             causes.map(|(cause, count)| ([("cause", cause)], count.load(Ordering::Relaxed))),
         )?;
-        page.histograms(
+        page.histogram(
             "hallpass_load_subjects",
             "Users that one statement loads for the misses that arrive together",
             (&self.checker.loader.sizes, 1.0),
-            [([("", ""); 0], 0)],
         )
     }
 
@@ -409,8 +417,9 @@ fn protocol(
     labels: impl Fn(&'static str) -> Option<Labels<2>> + Copy,
 ) -> fmt::Result {
     let methods = || {
-        let rows = ACCESS.iter().enumerate();
-        rows.filter_map(move |(index, (name, ..))| Some((labels(name)?, index)))
+        let names = ACCESS.iter().map(|(name, ..)| *name).chain([UNKNOWN]);
+        let rows = names.enumerate();
+        rows.filter_map(move |(index, name)| Some((labels(name)?, index)))
     };
     let begun = methods().map(|(labels, index)| (labels, calls.count_begun(index)));
     page.counters(started, "Calls that began", begun)?;
@@ -431,13 +440,4 @@ fn protocol(
         (&calls.micros, MICROS),
         methods(),
     )
-}
-
-fn flag(holds: bool) -> f64 {
-    f64::from(u8::from(holds))
-}
-
-#[expect(clippy::cast_precision_loss, reason = "exact up to 2^53")]
-fn signed(count: i64) -> f64 {
-    count as f64
 }

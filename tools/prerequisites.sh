@@ -120,6 +120,29 @@ shellcheck_program() {
     command -v shellcheck >/dev/null || install shellcheck 'brew install shellcheck' shellcheck
 }
 
+# Debian's package brings the server too, and would start it.
+promtool_program() {
+    local may_start=/usr/sbin/policy-rc.d forbidden=
+    command -v promtool >/dev/null && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -e $may_start ]; then
+        printf '#!/bin/sh\nexit 101\n' >$may_start
+        chmod +x $may_start
+        forbidden=1
+    fi
+    install promtool 'brew install prometheus' prometheus
+    [ -z "$forbidden" ] || rm -f $may_start
+}
+
+systemd_analyze() {
+    [ "$(uname)" = Linux ] || die 'systemd-analyze is for Linux alone'
+    command -v systemd-analyze >/dev/null || install systemd-analyze '' systemd
+}
+
+# Its own kustomize shows what an overlay comes to.
+kubectl_program() {
+    command -v kubectl >/dev/null || install kubectl 'brew install kubernetes-cli' kubernetes-client
+}
+
 for thing; do
     case $thing in
         rust) rust ;;
@@ -131,6 +154,9 @@ for thing; do
         npm) npm_client ;;
         python) python_venv ;;
         shellcheck) shellcheck_program ;;
+        promtool) promtool_program ;;
+        systemd-analyze) systemd_analyze ;;
+        kubectl) kubectl_program ;;
         *) die "$0 knows no \`$thing\`" ;;
     esac
 done

@@ -11,6 +11,7 @@ mod log;
 mod migrate;
 mod postgres;
 mod serve;
+mod supervisor;
 
 use std::{
     io::{self, Write},

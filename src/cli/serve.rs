@@ -14,7 +14,7 @@ use anyhow::{Context, Error, anyhow};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, UnixListener};
 
-use super::{authenticator::authenticator, database::Database, interrupted};
+use super::{authenticator::authenticator, database::Database, interrupted, supervisor};
 use crate::{
     audit,
     auth::Authenticator,
@@ -171,9 +171,18 @@ pub(super) async fn serve(
         },
         traces: settings.traces.clone().into(),
     };
+    let on_ready = || {
+        supervisor::say_ready();
+        on_ready();
+    };
+    let interrupted = async {
+        interrupted.await;
+        supervisor::say_stopping();
+    };
     let served = tokio::select! {
         served = server::run(config, entrance.listeners, on_ready, interrupted) => served.map_err(Into::into),
         lost = database.lost() => Err(lost),
+        never = supervisor::say_alive() => match never {},
     };
     for (_, address) in settings.listens() {
         if let ListenAddress::Unix(path) = address {

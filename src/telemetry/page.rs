@@ -3,7 +3,7 @@
 use std::fmt;
 
 use prometheus_client::{
-    encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet},
+    encoding::{DescriptorEncoder, EncodeLabelSet, MetricEncoder, NoLabelSet},
     metrics::MetricType,
 };
 
@@ -79,19 +79,47 @@ impl Page<'_> {
         let mut family = self
             .0
             .encode_descriptor(name, help, None, MetricType::Histogram)?;
-        let bounds = histograms.bounds().iter();
-        let bounds: Vec<f64> = bounds.map(|bound| float(*bound) * unit).collect();
         for (labels, place) in series {
-            let Distribution { sum, buckets } = histograms.read(place);
-            let count = buckets.iter().sum();
-            let bounds = bounds.iter().copied().chain([f64::INFINITY]);
-            let buckets: Vec<(f64, u64)> = bounds.zip(buckets).collect();
-            family
-                .encode_family(&labels)?
-                .encode_histogram::<NoLabelSet>(float(sum) * unit, count, &buckets, None)?;
+            encode(family.encode_family(&labels)?, histograms, unit, place)?;
         }
         Ok(())
     }
+
+    /// The first series of `histograms`.
+    pub(super) fn histogram(
+        &mut self,
+        name: &str,
+        help: &str,
+        (histograms, unit): (&Histograms, f64),
+    ) -> fmt::Result {
+        let histogram = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Histogram)?;
+        encode(histogram, histograms, unit, 0)
+    }
+}
+
+fn encode(
+    mut encoder: MetricEncoder<'_>,
+    histograms: &Histograms,
+    unit: f64,
+    place: usize,
+) -> fmt::Result {
+    let Distribution { sum, buckets } = histograms.read(place);
+    let count = buckets.iter().sum();
+    let bounds = histograms.bounds().iter();
+    let bounds = bounds.map(|bound| float(*bound) * unit);
+    let buckets: Vec<(f64, u64)> = bounds.chain([f64::INFINITY]).zip(buckets).collect();
+    encoder.encode_histogram::<NoLabelSet>(float(sum) * unit, count, &buckets, None)
+}
+
+pub(super) fn flag(holds: bool) -> f64 {
+    f64::from(u8::from(holds))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "exact up to 2^53")]
+pub(super) fn signed(count: i64) -> f64 {
+    count as f64
 }
 
 #[expect(clippy::cast_precision_loss, reason = "exact up to 2^53")]

@@ -73,6 +73,10 @@ pub const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// The settings of `hallpass serve` and `hallpass demo`.
 #[derive(Args, Clone, Debug)]
 pub struct ServeSettings {
+    /// Read settings from this TOML file, too: docs/settings.md
+    #[arg(long, env = "HALLPASS_CONFIG")]
+    pub config: Option<PathBuf>,
+
     /// Where to serve gRPC: HOST:PORT, the host an IP address or localhost, or unix:PATH
     #[arg(long, env = "HALLPASS_GRPC_LISTEN", default_value = DEFAULT_GRPC_LISTEN)]
     pub grpc_listen: ListenAddress,
@@ -131,6 +135,15 @@ pub struct ServeSettings {
     #[command(flatten)]
     pub traces: TraceSettings,
 }
+
+/// What SIGHUP changes in a service that runs.
+pub const RELOADABLE: [&str; 5] = [
+    "log-level",
+    "caller-rate-max",
+    "caller-list-rate-max",
+    "address-rate-max",
+    "credential-rate-max",
+];
 
 impl ServeSettings {
     /// What must hold of the settings together.

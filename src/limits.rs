@@ -212,6 +212,14 @@ impl Limits {
         }
     }
 
+    /// Other rates from now on; what else is in these bounds stays as it was.
+    pub fn set_rates(&self, bounds: &Bounds) {
+        self.addresses.set(bounds.address_rate_max);
+        self.credentials.set(bounds.credential_rate_max);
+        self.checks.set(bounds.caller_rate_max);
+        self.lists.set(bounds.caller_list_rate_max);
+    }
+
     /// Whose address a call comes from; `None` for a Unix socket's peer.
     #[must_use]
     pub fn client_address(&self, peer: Option<IpAddr>, headers: &HeaderMap) -> Option<IpAddr> {

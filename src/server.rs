@@ -95,6 +95,8 @@ pub struct Config {
     pub lame_duck: Duration,
     pub drain_max: Duration,
     pub bounds: Bounds,
+    /// Bounds whose rates are taken over while the service runs.
+    pub changed_rates: Option<watch::Receiver<Bounds>>,
     pub audit: audit::Limits,
     pub http: http::Settings,
     pub traces: traces::Settings,
@@ -209,6 +211,9 @@ pub async fn run(
         Arc::clone(&checker.cache),
         Arc::clone(&checker.progress),
     ));
+    if let Some(rates) = config.changed_rates.clone() {
+        background.spawn(follow_rates(rates, Arc::clone(&limits)));
+    }
     let observed = Observed::default();
     let traces = Arc::new(Traces::new(&config.traces)?);
     let (samples, sampled) = watch::channel(None);
@@ -308,6 +313,12 @@ pub async fn run(
     // Last: every call has ended.
     traces.shutdown().await;
     Ok(())
+}
+
+async fn follow_rates(mut rates: watch::Receiver<Bounds>, limits: Arc<Limits>) {
+    while rates.changed().await.is_ok() {
+        limits.set_rates(&rates.borrow_and_update());
+    }
 }
 
 fn serving(known: &http::HealthReport) -> Reading<bool> {

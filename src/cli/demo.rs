@@ -9,11 +9,13 @@ use super::{
     database::Database,
     interrupted,
     serve::{Entrance, OtherLogins, serve},
+    settings::Parsed,
 };
 use crate::{
     config::{
         DEFAULT_DATA_DIR, DEFAULT_GRPC_LISTEN, DatabaseSettings, ListenAddress, ServeSettings,
     },
+    limits::Bounds,
     server::Listener,
     store::{
         DedicatedConnection,
@@ -39,7 +41,11 @@ pub(super) struct Demo {
 }
 
 impl Demo {
-    pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
+    pub(super) fn limits(&self) -> Bounds {
+        Bounds::from(&self.settings.limits)
+    }
+
+    pub(super) async fn run(self, parsed: Parsed) -> anyhow::Result<ExitCode> {
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
         let entrance = Entrance::open(&self.settings).await?;
@@ -79,7 +85,7 @@ impl Demo {
         serve(
             database,
             OtherLogins::default(),
-            &self.settings,
+            (&self.settings, parsed),
             entrance,
             move || println!("{guide}"),
             interrupted,

@@ -10,10 +10,13 @@ mod list;
 mod log;
 mod migrate;
 mod postgres;
+mod reload;
 mod serve;
+mod settings;
 mod supervisor;
 
 use std::{
+    env,
     io::{self, Write},
     process::ExitCode,
 };
@@ -24,12 +27,17 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
+use self::{log::LogSettings, settings::Unusable};
+
 /// Permission checks served from your own PostgreSQL tables.
 #[derive(Debug, Parser)]
 #[command(name = "hallpass", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
+
+    #[command(flatten)]
+    log: LogSettings,
 }
 
 #[derive(Debug, Subcommand)]
@@ -49,12 +57,16 @@ enum Command {
 /// # Errors
 /// Whatever kept the command from its work.
 pub fn run() -> anyhow::Result<ExitCode> {
-    let cli = Cli::parse();
-    log::start();
+    let (cli, parsed) = match settings::parse(env::args_os()) {
+        Ok(parsed) => parsed,
+        Err(Unusable::Line(error)) => error.exit(),
+        Err(Unusable::Settings(complaints)) => return Err(complaints.into()),
+    };
+    log::start(&cli.log);
     runtime()?.block_on(async {
         match cli.command {
-            Command::Serve(command) => command.run().await,
-            Command::Demo(command) => command.run().await,
+            Command::Serve(command) => command.run(parsed).await,
+            Command::Demo(command) => command.run(parsed).await,
             Command::Migrate(command) => command.run().await,
             Command::Postgres(command) => command.run().await,
             Command::Check(command) => command.run().await,

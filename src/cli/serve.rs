@@ -12,9 +12,19 @@ use std::{
 
 use anyhow::{Context, Error, anyhow};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::watch,
+};
 
-use super::{authenticator::authenticator, database::Database, interrupted, supervisor};
+use super::{
+    answer,
+    authenticator::authenticator,
+    database::Database,
+    interrupted, reload,
+    settings::{self, Parsed},
+    supervisor,
+};
 use crate::{
     audit,
     auth::Authenticator,
@@ -60,12 +70,27 @@ pub(super) struct Serve {
     )]
     admin_database_url: Option<Secret>,
 
+    /// Print each setting, its value and where it comes from, and start nothing
+    #[arg(long)]
+    print_config: bool,
+
     #[command(flatten)]
     settings: ServeSettings,
 }
 
 impl Serve {
-    pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
+    pub(super) fn limits(&self) -> Bounds {
+        Bounds::from(&self.settings.limits)
+    }
+}
+
+impl Serve {
+    pub(super) async fn run(self, parsed: Parsed) -> anyhow::Result<ExitCode> {
+        if self.print_config {
+            answer(&settings::print(&parsed))?;
+            self.settings.check().map_err(Error::msg)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
         let logins = OtherLogins {
@@ -80,7 +105,7 @@ impl Serve {
         serve(
             database,
             logins,
-            &self.settings,
+            (&self.settings, parsed),
             entrance,
             || (),
             interrupted,
@@ -129,7 +154,7 @@ fn parse_url(flag: &str, url: Option<Secret>) -> anyhow::Result<Option<DatabaseU
 pub(super) async fn serve(
     database: Database,
     logins: OtherLogins,
-    settings: &ServeSettings,
+    (settings, parsed): (&ServeSettings, Parsed),
     entrance: Entrance,
     on_ready: impl FnOnce(),
     interrupted: impl Future<Output = ()>,
@@ -137,7 +162,12 @@ pub(super) async fn serve(
     for (setting, address) in settings.listens() {
         say_who_can_listen(setting, address, entrance.tls.as_ref());
     }
+    if let Some(warning) = parsed.open_secret() {
+        tracing::warn!("{warning}");
+    }
     let bounds = Bounds::from(&settings.limits);
+    let (rates, changed_rates) = watch::channel(bounds.clone());
+    let mut reloads = pin!(reload::at_each_hangup(parsed, rates)?);
     // The private database is ours to change.
     let private = database.private.as_ref().map(|_| database.url.clone());
     let config = Config {
@@ -165,6 +195,7 @@ pub(super) async fn serve(
             ..audit::Limits::default()
         },
         bounds,
+        changed_rates: Some(changed_rates),
         http: http::Settings {
             environment: settings.http.environment.clone(),
             cors_origins: settings.http.cors_origins.clone(),
@@ -182,6 +213,7 @@ pub(super) async fn serve(
     let served = tokio::select! {
         served = server::run(config, entrance.listeners, on_ready, interrupted) => served.map_err(Into::into),
         lost = database.lost() => Err(lost),
+        never = &mut reloads => match never {},
         never = supervisor::say_alive() => match never {},
     };
     for (_, address) in settings.listens() {

@@ -3,7 +3,9 @@
 //! A key has a slot in each of two rows and is refused only when both refuse it. One who floods under n keys so slows a
 //! stranger with a probability of (n / 65,536)², about 1 in 4,000 for a thousand. Nothing is swept, locked or allocated.
 
-use std::{num::NonZeroU32, time::Duration};
+use std::{num::NonZeroU32, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwapOption;
 
 use governor::{
     NotUntil, Quota, RateLimiter,
@@ -19,7 +21,7 @@ const SLOTS: usize = 1 << 16;
 type Instant = <MonotonicClock as Clock>::Instant;
 
 /// So many cells a second for each key, a second's worth of them at once. Keys are hashes, evenly spread and secret.
-pub(super) struct Rate(Option<Limited>);
+pub(super) struct Rate(ArcSwapOption<Limited>);
 
 struct Limited {
     limiter: RateLimiter<Asked, Sketch, MonotonicClock, NoOpMiddleware<Instant>>,
@@ -40,16 +42,32 @@ struct Sketch {
 impl Rate {
     /// 0: no limit.
     pub(super) fn a_second(cells: u32) -> Self {
-        Self(NonZeroU32::new(cells).map(|burst| {
+        Self(ArcSwapOption::new(Self::limited(cells)))
+    }
+
+    /// Another rate from now on, with every key's share whole; what it is already changes nothing.
+    pub(super) fn set(&self, cells: u32) {
+        let now = self
+            .0
+            .load()
+            .as_ref()
+            .map_or(0, |limited| limited.burst.get());
+        if now != cells {
+            self.0.store(Self::limited(cells));
+        }
+    }
+
+    fn limited(cells: u32) -> Option<Arc<Limited>> {
+        NonZeroU32::new(cells).map(|burst| {
             let row = || (0..SLOTS).map(|_| InMemoryState::default()).collect();
             let sketch = Sketch {
                 rows: [row(), row()],
             };
-            Limited {
+            Arc::new(Limited {
                 limiter: RateLimiter::new(Quota::per_second(burst), sketch, MonotonicClock),
                 burst,
-            }
-        }))
+            })
+        })
     }
 
     /// Takes cells, all or none. What is more than a second's worth counts as a second's worth: it would never pass.
@@ -69,10 +87,11 @@ impl Rate {
     }
 
     fn ask(&self, asked: Asked, cells: u32) -> Result<(), Duration> {
-        let (Some(Limited { limiter, burst }), Some(cells)) = (&self.0, NonZeroU32::new(cells))
-        else {
+        let limited = self.0.load();
+        let (Some(limited), Some(cells)) = (limited.as_ref(), NonZeroU32::new(cells)) else {
             return Ok(());
         };
+        let Limited { limiter, burst } = limited.as_ref();
         match limiter.check_key_n(&asked, cells.min(*burst)) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(until)) => Err(wait(&until, limiter.clock())),

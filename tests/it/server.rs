@@ -103,6 +103,7 @@ pub(crate) fn config(url: &str) -> Config {
         drain_max: config::DRAIN_MAX,
         audit: audit::Limits::default(),
         bounds: bounds(),
+        changed_rates: None,
         http: http::Settings {
             environment: "test".to_owned(),
             cors_origins: Vec::new(),

@@ -32,7 +32,7 @@ endif
 NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/node_modules/.package-lock.json
 PYTHON = target/python/bin/python
 
-.PHONY: help demo examples test lint lint-alerts lint-dependencies lint-deploy lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
+.PHONY: help alerts demo examples test lint lint-alerts lint-dependencies lint-deploy lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
 	audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
@@ -173,6 +173,10 @@ overload: ## offer three times what the service can answer, and print what becom
 audit-plans: ## see that lists of the audit log read their indexes at a million rows
 	@tools/prerequisites.sh rust cc postgresql
 	@$(CARGO) test --locked --quiet --test it -- --exact audit_list::lists_read_their_indexes_of_a_million_rows --ignored
+
+alerts: ## raise every alert on a real Prometheus with two replicas, and see each panel of the dashboard filled
+	@tools/prerequisites.sh rust cc postgresql promtool
+	@$(CARGO) test --locked --quiet --test it -- alerts_fire:: --ignored --nocapture
 
 audit-kills: ## kill a replica and the database TIMES=25 times each, and compare what audit streams got with the log
 	@tools/prerequisites.sh rust cc postgresql psql

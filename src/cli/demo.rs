@@ -66,18 +66,16 @@ impl Demo {
             ListenAddress::Tcp(address) => format!("http://{address}"),
             ListenAddress::Unix(path) => format!("unix:{}", path.display()),
         };
-        let web = match &entrance.listeners.http {
-            Some(Listener::Tcp(listener)) => {
-                let scheme = if entrance.tls.is_some() {
-                    "https"
-                } else {
-                    "http"
-                };
-                Some(format!("{scheme}://{}", listener.local_addr()?))
-            }
-            Some(Listener::Unix(_)) | None => None,
-        };
-        let guide = guide(&endpoint, web.as_deref(), &database, &sample);
+        let has_tls = entrance.tls.is_some();
+        let web = web_address(entrance.listeners.http.as_ref(), has_tls)?;
+        let ops = web_address(entrance.listeners.ops.as_ref(), has_tls)?;
+        let guide = guide(
+            &endpoint,
+            web.as_deref(),
+            ops.as_deref(),
+            &database,
+            &sample,
+        );
         serve(
             database,
             OtherLogins::default(),
@@ -88,6 +86,15 @@ impl Demo {
         )
         .await
     }
+}
+
+/// What to open in a browser, if there is anything.
+fn web_address(listener: Option<&Listener>, has_tls: bool) -> anyhow::Result<Option<String>> {
+    let Some(Listener::Tcp(listener)) = listener else {
+        return Ok(None);
+    };
+    let scheme = if has_tls { "https" } else { "http" };
+    Ok(Some(format!("{scheme}://{}", listener.local_addr()?)))
 }
 
 /// Two members of the first organization.
@@ -145,7 +152,13 @@ async fn load(database: &Database) -> anyhow::Result<Sample> {
     Ok(sample)
 }
 
-fn guide(endpoint: &str, web: Option<&str>, database: &Database, sample: &Sample) -> String {
+fn guide(
+    endpoint: &str,
+    web: Option<&str>,
+    ops: Option<&str>,
+    database: &Database,
+    sample: &Sample,
+) -> String {
     let program = std::env::args()
         .next()
         .unwrap_or_else(|| "hallpass".to_owned());
@@ -165,6 +178,7 @@ fn guide(endpoint: &str, web: Option<&str>, database: &Database, sample: &Sample
     } else {
         format!(" --endpoint {endpoint}")
     };
+    let metrics = ops.map_or_else(String::new, |ops| format!("\nMetrics at {ops}/metrics"));
     let ask = format!("{program} check{at}");
     let (pages, over_http) = match web {
         None => (String::new(), String::new()),
@@ -181,7 +195,7 @@ curl -s {web}/v1/check --json '{{\"organization_id\": \"{organization}\", \"user
     format!(
         "
 hallpass serves a made-up district: {ORGANIZATIONS} schools, {members} members
-gRPC at {endpoint}{pages}
+gRPC at {endpoint}{pages}{metrics}
 
 Paste into another terminal:
 

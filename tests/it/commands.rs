@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// What no command here should take.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 const ALLOW: i32 = 0;
 const DENY: i32 = 1;

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// The triggers are where they were and call what they called: the inspection finds nothing.
-const STOP_RECORDING: &str = "
+pub(crate) const STOP_RECORDING: &str = "
 CREATE TABLE public.recorders AS
 SELECT oid, pg_get_functiondef(oid) AS definition FROM pg_proc
 WHERE oid IN (SELECT tgfoid FROM pg_trigger WHERE tgrelid = 'public.profiles'::regclass AND NOT tgisinternal);
@@ -36,7 +36,7 @@ BEGIN
     END LOOP;
 END $$";
 
-const GO_ON_RECORDING: &str = "
+pub(crate) const GO_ON_RECORDING: &str = "
 DO $$
 DECLARE
     definition text;

@@ -363,8 +363,7 @@ impl Launcher {
                 .stdout(self.log.try_clone()?)
                 .stderr(self.log.try_clone()?);
             for (name, _) in std::env::vars_os() {
-                // PGPORT, PGDATA and the like are settings for postgres too; and it would tell systemd that it is ready,
-                // as if it were the service.
+                // PGPORT and the like are settings for postgres too; and it would tell systemd of itself as the service.
                 if name.as_bytes().starts_with(b"PG") || name == "NOTIFY_SOCKET" {
                     command.env_remove(name);
                 }

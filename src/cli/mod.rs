@@ -5,6 +5,7 @@ mod authenticator;
 mod check;
 mod database;
 mod demo;
+mod doctor;
 mod keys;
 mod list;
 mod log;
@@ -45,6 +46,7 @@ enum Command {
     Serve(serve::Serve),
     Demo(demo::Demo),
     Migrate(migrate::Migrate),
+    Doctor(doctor::Doctor),
     Postgres(postgres::Postgres),
     Check(check::Check),
     List(list::List),
@@ -68,6 +70,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
             Command::Serve(command) => command.run(parsed).await,
             Command::Demo(command) => command.run(parsed).await,
             Command::Migrate(command) => command.run().await,
+            Command::Doctor(command) => command.run().await,
             Command::Postgres(command) => command.run().await,
             Command::Check(command) => command.run().await,
             Command::List(command) => command.run().await,

@@ -21,7 +21,7 @@ pub use super::uninstall::uninstall;
 pub struct Migration {
     pub version: i32,
     pub name: &'static str,
-    sql: &'static str,
+    pub(super) sql: &'static str,
 }
 
 macro_rules! migrations {
@@ -49,11 +49,12 @@ pub const MIGRATIONS: &[Migration] = migrations![
     11 "0011_api_keys",
     12 "0012_audit",
     13 "0013_admin",
+    14 "0014_doctor",
 ];
 
 /// A file whose first line is this is a query, and the statements that it selects are what is run: each by itself and
 /// outside a transaction, as CREATE INDEX CONCURRENTLY must be.
-const RUNS_WHAT_IT_SELECTS: &str =
+pub(super) const RUNS_WHAT_IT_SELECTS: &str =
     "-- hallpass: runs the statements that this query selects, each by itself";
 
 /// How long a migration waits for one lock on a table that the application uses: those who come after it wait as long.
@@ -393,11 +394,7 @@ pub(super) async fn run_with_locks(
 pub(super) async fn lock(client: &Client) -> Result<(), MigrateError> {
     let deadline = Instant::now() + LOCK_WAIT_MAX;
     while Instant::now() < deadline {
-        let row = client
-            .query_one(TRY_LOCK, &[])
-            .await
-            .map_err(StoreError::from)?;
-        if row.get(0) {
+        if is_true(client, TRY_LOCK).await? {
             return Ok(());
         }
         sleep(LOCK_POLL).await;

@@ -8,6 +8,7 @@ mod adoption;
 pub mod api_keys;
 pub mod audit;
 pub mod demo;
+pub mod doctor;
 pub mod lists;
 pub mod load;
 pub mod log;
@@ -245,6 +246,18 @@ pub const AUDIT_CONNECTIONS_MAX: usize = 2;
 
 /// Connections that change permissions. Changes go through the commit lock one by one anyway.
 const CHANGE_CONNECTIONS_MAX: usize = 2;
+
+/// Connections of their own that one service keeps: the feed's, and inspection, refresh, maintenance and samples.
+const DEDICATED_CONNECTIONS: usize = 5;
+
+/// Connections that one service opens at most, those of the admin API included.
+const CONNECTIONS_MAX: usize = MISS_CONNECTIONS_MAX
+    + ASIDE_CONNECTIONS_MAX
+    + READ_CONNECTIONS_MAX
+    + AUDIT_CONNECTIONS_MAX
+    + 1
+    + CHANGE_CONNECTIONS_MAX
+    + DEDICATED_CONNECTIONS;
 
 /// How long the database may work on one load.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(5);

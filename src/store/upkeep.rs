@@ -3,12 +3,12 @@
 
 use super::{DedicatedConnection, StoreError};
 
-/// The function looks with its owner's eyes. What the feed reads, it reads with ours: rows that are hidden from us are
-/// changes that we miss.
-const INSPECT: &str = "
-SELECT problem FROM hallpass.inspect() problem
-UNION ALL
-SELECT format('row-level security on %s hides rows from %s', target, current_user)
+/// The function looks with its owner's eyes.
+const INSPECT: &str = "SELECT problem FROM hallpass.inspect() problem";
+
+/// What the feed reads, it reads with ours: rows that are hidden from us are changes that we miss.
+pub(super) const HIDDEN_FROM_US: &str = "
+SELECT format('row-level security on %s hides rows from %s', target, current_user), target::text
 FROM unnest(ARRAY['hallpass.log', 'hallpass.log_org', 'public.permission_audit_log']::regclass[]) target
 WHERE row_security_active(target)";
 
@@ -61,7 +61,8 @@ impl DedicatedConnection {
     /// # Errors
     /// When the database is away.
     pub async fn inspect(&self) -> Result<Inspection, StoreError> {
-        let rows = self.client.query(INSPECT, &[]).await?;
+        let mut rows = self.client.query(INSPECT, &[]).await?;
+        rows.extend(self.client.query(HIDDEN_FROM_US, &[]).await?);
         let problems = rows
             .iter()
             .map(|row| row.try_get(0))

@@ -19,6 +19,7 @@ use crate::{
 pub(crate) const GRANTED: &[&str] = &[
     "routine hallpass.change(jsonb, jsonb, text) | hallpass_admin | EXECUTE",
     "routine hallpass.clear_pending() | hallpass_service | EXECUTE",
+    "routine hallpass.diagnose(text, name) | hallpass_service | EXECUTE",
     "routine hallpass.explain(uuid, uuid, text) | hallpass_service | EXECUTE",
     "routine hallpass.head() | hallpass_admin | EXECUTE",
     "routine hallpass.head() | hallpass_auditor | EXECUTE",

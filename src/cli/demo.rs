@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{
     database::Database,
-    interrupted,
+    interrupted, reload,
     serve::{Entrance, OtherLogins, serve},
     settings::Parsed,
 };
@@ -46,6 +46,7 @@ impl Demo {
     }
 
     pub(super) async fn run(self, parsed: Parsed) -> anyhow::Result<ExitCode> {
+        reload::survive_hangups()?;
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
         let entrance = Entrance::open(&self.settings).await?;

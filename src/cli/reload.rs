@@ -15,19 +15,31 @@ use super::{
 };
 use crate::{config::RELOADABLE, limits::Bounds};
 
-/// Reads the settings anew at each SIGHUP; the signal is heeded from now on.
+/// From now on SIGHUP ends nothing, also before it is heeded.
+pub(super) fn survive_hangups() -> io::Result<()> {
+    // The system's default is not put back when this is dropped.
+    signal(SignalKind::hangup()).map(drop)
+}
+
+/// Reads the settings anew at each SIGHUP.
 pub(super) fn at_each_hangup(
-    mut parsed: Parsed,
+    first: Parsed,
     rates: watch::Sender<Bounds>,
 ) -> io::Result<impl Future<Output = Infallible>> {
     let mut hangups = signal(SignalKind::hangup())?;
     Ok(async move {
+        let mut last = None;
         loop {
             let _ = hangups.recv().await;
             match settings::parse(env::args_os()) {
                 Ok((cli, anew)) => {
-                    take(&cli, &anew, &parsed, &rates);
-                    parsed = anew;
+                    take(
+                        &cli,
+                        &anew,
+                        (last.as_ref().unwrap_or(&first), &first),
+                        &rates,
+                    );
+                    last = Some(anew);
                 }
                 Err(unusable) => {
                     let complaint = match unusable {
@@ -43,18 +55,25 @@ pub(super) fn at_each_hangup(
     })
 }
 
-fn take(cli: &Cli, anew: &Parsed, before: &Parsed, rates: &watch::Sender<Bounds>) {
-    let differences = anew.differences(before);
-    if differences.is_empty() {
-        tracing::info!("settings are reloaded: none has changed");
-    }
-    for (setting, now, was) in &differences {
-        if RELOADABLE.contains(&&**setting) {
+/// What can change is in force as it was read last, and all else as it was read first.
+fn take(
+    cli: &Cli,
+    anew: &Parsed,
+    (last, first): (&Parsed, &Parsed),
+    rates: &watch::Sender<Bounds>,
+) {
+    let changes = |setting: &str| RELOADABLE.contains(&setting);
+    for (setting, now, was) in anew.differences(last) {
+        if changes(&setting) {
             tracing::info!(setting, was, now, "changed");
-        } else {
+        }
+    }
+    for (setting, now, was) in anew.differences(first) {
+        if !changes(&setting) {
             tracing::warn!(setting, was, now, "changes when the service is restarted");
         }
     }
+    tracing::info!("settings are reloaded");
     log::set_level(cli.log.level());
     let bounds = match &cli.command {
         Command::Serve(command) => command.limits(),

@@ -91,6 +91,7 @@ impl Serve {
             self.settings.check().map_err(Error::msg)?;
             return Ok(ExitCode::SUCCESS);
         }
+        reload::survive_hangups()?;
         let mut interrupted = pin!(interrupted()?);
         self.settings.check().map_err(Error::msg)?;
         let logins = OtherLogins {

@@ -82,7 +82,7 @@ pub(super) fn parse(
             .get_arguments()
             .any(|argument| argument.get_long() == Some(CONFIG))
     {
-        let given = &arguments[place + 2..];
+        let given = &arguments[1..];
         complaints.extend(mistaken_variables(&root, command, given));
         if let Some(path) = config_path(given) {
             let found = file::read(&path, command);
@@ -372,6 +372,11 @@ mod tests {
             (
                 "postgresql:///d?host=/s&user=u&password=p",
                 "postgresql:///d?host=/s&user=u&password=***",
+            ),
+            ("postgresql://u:p?w@h/d", "postgresql://u:***@h/d"),
+            (
+                "postgresql://u@h/d?pass%77ord=p",
+                "postgresql://u@h/d?pass%77ord=***",
             ),
             ("postgresql://u@h/d", "postgresql://u@h/d"),
             ("host=h password=p", "***"),

@@ -90,6 +90,7 @@ mod scenarios;
 mod selfcheck;
 mod server;
 mod service;
+mod settings;
 mod sql;
 mod standby;
 mod start_stop;

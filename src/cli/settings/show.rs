@@ -17,10 +17,16 @@ pub(in crate::cli) fn print(parsed: &Parsed) -> String {
         let _ = match value {
             None => writeln!(text, "# {name} is not set"),
             Some(value) => {
-                let value = masked(argument, &value);
-                let is_number = value.parse::<u64>().is_ok();
-                let value = if is_number { value } else { quoted(&value) };
-                writeln!(text, "{name} = {value} # {source}")
+                let shown = masked(argument, &value);
+                // What is masked would be taken for what it stands for.
+                let comment = if shown == value { "" } else { "# " };
+                let number = value.parse::<u64>().ok().map(|number| number.to_string());
+                let shown = if number.as_ref() == Some(&value) {
+                    value
+                } else {
+                    quoted(&shown)
+                };
+                writeln!(text, "{comment}{name} = {shown} # {source}")
             }
         };
     }
@@ -43,7 +49,21 @@ fn quoted(text: &str) -> String {
     quoted
 }
 
-/// The value without what opens a door: of a URL its password, else all of a secret.
+/// Parameters of a database's URL that open no door.
+const SHOWN: [&str; 9] = [
+    "application_name",
+    "connect_timeout",
+    "dbname",
+    "host",
+    "options",
+    "port",
+    "sslmode",
+    "sslrootcert",
+    "user",
+];
+
+/// The value without what opens a door: of a URL its password, and parameters that are not known to be harmless; else all
+/// of a secret. A password may hold any character, so all up to the last `@` is the login.
 pub(super) fn masked(argument: &Arg, value: &str) -> String {
     if !argument.is_hide_env_values_set() {
         return value.to_owned();
@@ -51,29 +71,25 @@ pub(super) fn masked(argument: &Arg, value: &str) -> String {
     let Some((scheme, rest)) = value.split_once("://") else {
         return MASK.to_owned();
     };
-    let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
-    let address = match address.rsplit_once('@') {
-        Some((login, host)) => {
-            let user = login
-                .split_once(':')
-                .map(|(user, _)| format!("{user}:{MASK}"));
-            format!("{}@{host}", user.unwrap_or_else(|| login.to_owned()))
-        }
-        None => address.to_owned(),
+    let (login, rest) = match rest.rsplit_once('@') {
+        Some((login, rest)) => match login.split_once(':') {
+            Some((user, _)) => (format!("{user}:{MASK}@"), rest),
+            None => (format!("{login}@"), rest),
+        },
+        None => (String::new(), rest),
+    };
+    let Some((address, query)) = rest.split_once('?') else {
+        return format!("{scheme}://{login}{rest}");
     };
     let parameters = query
         .split('&')
-        .filter(|parameter| !parameter.is_empty())
         .map(|parameter| match parameter.split_once('=') {
-            Some((name, _)) if name.contains("password") => format!("{name}={MASK}"),
-            _ => parameter.to_owned(),
+            Some((name, _)) if SHOWN.contains(&name) => parameter.to_owned(),
+            Some((name, _)) => format!("{name}={MASK}"),
+            None => MASK.to_owned(),
         });
     let parameters: Vec<String> = parameters.collect();
-    let question_mark = if parameters.is_empty() { "" } else { "?" };
-    format!(
-        "{scheme}://{address}{question_mark}{}",
-        parameters.join("&")
-    )
+    format!("{scheme}://{login}{address}?{}", parameters.join("&"))
 }
 
 /// The page of all settings of `serve`.

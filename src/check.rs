@@ -5,7 +5,14 @@
 
 mod position;
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use thiserror::Error;
 use tokio::sync::Semaphore;
@@ -96,6 +103,7 @@ pub struct Counts {
     decisions: Cells,
     /// Subjects found in the cache and believed, and others.
     lookups: Cells,
+    turned_away: AtomicU64,
 }
 
 impl Default for Counts {
@@ -103,6 +111,7 @@ impl Default for Counts {
         Self {
             decisions: Cells::new(Reason::ALL.len() * 2),
             lookups: Cells::new(2),
+            turned_away: AtomicU64::new(0),
         }
     }
 }
@@ -122,6 +131,19 @@ impl Counts {
     #[must_use]
     pub fn hits_and_misses(&self) -> (u64, u64) {
         (self.lookups.sum(1), self.lookups.sum(0))
+    }
+}
+
+impl Counts {
+    /// Questions to the database that were refused because too many waited already.
+    #[must_use]
+    pub fn turned_away(&self) -> u64 {
+        self.turned_away.load(Ordering::Relaxed)
+    }
+
+    fn count_refusal(&self, is_refusal: bool) {
+        self.turned_away
+            .fetch_add(u64::from(is_refusal), Ordering::Relaxed);
     }
 }
 
@@ -260,7 +282,10 @@ impl Checker {
         Answer: Future<Output = Result<(Position, T), StoreError>> + Send + 'static,
     {
         trail::read_database();
-        let connection = self.store.reads.acquire().await.map_err(unanswered)?;
+        let connection = self.store.reads.acquire().await.map_err(|error| {
+            self.counts.count_refusal(matches!(error, StoreError::Busy));
+            unanswered(error)
+        })?;
         let sent_at = BootTime::now();
         // A task of its own: a caller who goes away must not leave a connection with half a question.
         let asked = tokio::spawn(trail::carried(query(connection)));
@@ -344,7 +369,11 @@ impl Checker {
             Freshness::FullyConsistent => Join::None,
         };
         trail::read_database();
-        let load = self.loader.load(subjects, join).await?;
+        let load = self.loader.load(subjects, join).await;
+        let load = load.inspect_err(|error| {
+            let is_refusal = matches!(error, LoadError::Overloaded);
+            self.counts.count_refusal(is_refusal);
+        })?;
         if let Freshness::AtLeastAsFresh(position) = freshness {
             self.vouch(position, load.head).await?;
         }

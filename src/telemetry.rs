@@ -3,6 +3,7 @@
 //! Invariant: a scrape asks nobody and changes nothing; it reads what is counted anyway, or what `upkeep` has sampled last.
 //! No label has values that a caller can make up.
 
+mod calls;
 mod page;
 mod process;
 mod traces;
@@ -20,27 +21,21 @@ use prometheus_client::{
 };
 use tokio::sync::watch;
 
-use self::page::{Labels, Page, flag, float, signed};
+use self::page::{MICROS, Page, flag, float, signed};
 use crate::{
     audit::tail::Tail,
     auth::access::ACCESS,
     check::{Checker, Source},
     counters::Calls,
-    grpc::observe::{GRPC_OUTCOMES, HTTP_OUTCOMES, HTTP_STATUSES, Outcomes},
+    grpc::observe::{GRPC_OUTCOMES, HTTP_OUTCOMES, Outcomes},
     limits::{Limit, Limits},
     model::{BootTime, Reason},
     store::{pool::Connections, samples::Sample, timings::Question},
     traces::Traces,
 };
 
-/// The content type of [`page`].
+/// The content type of [`Metrics::page`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
-/// A method that nobody serves; what a caller makes up is no label.
-const UNKNOWN: &str = "unknown";
-
-/// Durations are counted in microseconds, and shown in seconds.
-const MICROS: f64 = 1e-6;
 
 /// Calls by method as in [`ACCESS`], and by what they ended with.
 #[derive(Clone)]
@@ -80,27 +75,6 @@ pub struct Telemetry {
     pub certificates: Vec<(&'static str, Reading<Duration>)>,
 }
 
-/// Names of google.rpc.Code, as the ecosystem's metrics have them.
-const GRPC_CODES: [&str; 17] = [
-    "OK",
-    "Canceled",
-    "Unknown",
-    "InvalidArgument",
-    "DeadlineExceeded",
-    "NotFound",
-    "AlreadyExists",
-    "PermissionDenied",
-    "ResourceExhausted",
-    "FailedPrecondition",
-    "Aborted",
-    "OutOfRange",
-    "Unimplemented",
-    "Internal",
-    "Unavailable",
-    "DataLoss",
-    "Unauthenticated",
-];
-
 impl fmt::Debug for Telemetry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Telemetry").finish_non_exhaustive()
@@ -133,7 +107,7 @@ impl Metrics {
 impl Collector for Telemetry {
     fn encode(&self, encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
         let mut page = Page(encoder);
-        self.calls(&mut page)?;
+        calls::metrics(&mut page, &self.observed)?;
         self.answers(&mut page)?;
         self.freshness(&mut page)?;
         self.cache(&mut page)?;
@@ -146,35 +120,6 @@ impl Collector for Telemetry {
 }
 
 impl Telemetry {
-    fn calls(&self, page: &mut Page<'_>) -> fmt::Result {
-        let grpc = [
-            "grpc_server_started",
-            "grpc_server_handled",
-            "grpc_server_handling_seconds",
-        ];
-        let calls = &self.observed.grpc;
-        protocol(page, grpc, calls, ("grpc_code", &GRPC_CODES), |name| {
-            let (service, method) = match name {
-                UNKNOWN => (UNKNOWN, UNKNOWN),
-                name => name.strip_prefix('/')?.split_once('/')?,
-            };
-            Some([("grpc_service", service), ("grpc_method", method)])
-        })?;
-        let http = [
-            "http_server_started",
-            "http_server_handled",
-            "http_server_handling_seconds",
-        ];
-        let calls = &self.observed.http;
-        protocol(page, http, calls, ("http_code", &HTTP_STATUSES), |name| {
-            let (method, route) = match name {
-                UNKNOWN => (UNKNOWN, UNKNOWN),
-                name => name.split_once(' ')?,
-            };
-            Some([("http_method", method), ("http_route", route)])
-        })
-    }
-
     fn answers(&self, page: &mut Page<'_>) -> fmt::Result {
         let counts = &self.checker.counts;
         let decisions = Reason::ALL.into_iter().flat_map(|reason| {
@@ -389,10 +334,15 @@ impl Telemetry {
 
     fn entrance(&self, page: &mut Page<'_>) -> fmt::Result {
         let tally = &self.limits.tally;
+        let refusals = Limit::ALL.map(|limit| (limit.name(), tally.refusals(limit)));
+        // Too many questions wait for it.
+        let database = [("database", self.checker.counts.turned_away())];
+        let refusals = refusals.into_iter().chain(database);
+        let refusals = refusals.map(|(limit, count)| ([("limit", limit)], count));
         page.counters(
             "hallpass_refusals",
             "Calls that were turned away, by the limit that did it",
-            Limit::ALL.map(|limit| ([("limit", limit.name())], tally.refusals(limit))),
+            refusals,
         )?;
         page.gauges(
             "hallpass_tls_certificate_expiry_seconds",
@@ -406,38 +356,4 @@ impl Telemetry {
             [([("version", env!("CARGO_PKG_VERSION"))], 1.0)],
         )
     }
-}
-
-/// Begun, ended, and how long it took. What a method never ended with is left out: it would be most of the page.
-fn protocol(
-    page: &mut Page<'_>,
-    [started, handled, seconds]: [&str; 3],
-    calls: &Calls,
-    (outcome_label, outcomes): (&'static str, &[&'static str]),
-    labels: impl Fn(&'static str) -> Option<Labels<2>> + Copy,
-) -> fmt::Result {
-    let methods = || {
-        let names = ACCESS.iter().map(|(name, ..)| *name).chain([UNKNOWN]);
-        let rows = names.enumerate();
-        rows.filter_map(move |(index, name)| Some((labels(name)?, index)))
-    };
-    let begun = methods().map(|(labels, index)| (labels, calls.count_begun(index)));
-    page.counters(started, "Calls that began", begun)?;
-    let ended = methods().flat_map(|([a, b], index)| {
-        let outcomes = outcomes.iter().enumerate();
-        outcomes.map(move |(outcome, name)| {
-            (
-                [a, b, (outcome_label, *name)],
-                calls.count_ended(index, outcome),
-            )
-        })
-    });
-    let ended = ended.filter(|(_, count)| *count > 0);
-    page.counters(handled, "Calls that ended, by what they ended with", ended)?;
-    page.histograms(
-        seconds,
-        "How long calls took; streams as long as they were open",
-        (&calls.micros, MICROS),
-        methods(),
-    )
 }

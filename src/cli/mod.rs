@@ -67,8 +67,8 @@ pub fn run() -> anyhow::Result<ExitCode> {
     log::start(&cli.log);
     runtime()?.block_on(async {
         match cli.command {
-            Command::Serve(command) => command.run(parsed).await,
-            Command::Demo(command) => command.run(parsed).await,
+            Command::Serve(command) => Box::pin(command.run(parsed)).await,
+            Command::Demo(command) => Box::pin(command.run(parsed)).await,
             Command::Migrate(command) => command.run().await,
             Command::Doctor(command) => command.run().await,
             Command::Postgres(command) => command.run().await,

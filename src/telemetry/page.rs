@@ -11,6 +11,9 @@ use crate::counters::{Distribution, Histograms};
 
 pub(super) struct Page<'a>(pub(super) DescriptorEncoder<'a>);
 
+/// Durations are counted in microseconds, and shown in seconds.
+pub(super) const MICROS: f64 = 1e-6;
+
 /// A metric's labels and their values.
 pub(super) type Labels<const N: usize> = [(&'static str, &'static str); N];
 

@@ -178,6 +178,9 @@ impl ServeSettings {
                     .to_owned(),
             );
         }
+        if self.traces.otlp_endpoint.is_none() && !self.traces.otlp_metrics_interval.is_zero() {
+            return Err("--otlp-metrics-interval is of no use without --otlp-endpoint".to_owned());
+        }
         self.auth.check(self.listens())
     }
 
@@ -383,6 +386,10 @@ mod tests {
             (
                 format!("{TLS} --tls-client-ca a --auth api-key"),
                 "--tls-client-ca is of no use without --auth mtls",
+            ),
+            (
+                "--otlp-metrics-interval 10s".to_owned(),
+                "--otlp-metrics-interval is of no use without --otlp-endpoint",
             ),
             (
                 format!("{TLS} --tls-client-ca a"),

@@ -59,7 +59,7 @@ use crate::{
     loader::Loader,
     selfcheck,
     store::{DatabaseUrl, Store, StoreError},
-    telemetry::{Metrics, Observed, Reading, Telemetry},
+    telemetry::{Metrics, Observed, Reading, Telemetry, otlp::Export},
     traces::{self, EndpointError, Traces},
     upkeep,
 };
@@ -100,6 +100,8 @@ pub struct Config {
     pub audit: audit::Limits,
     pub http: http::Settings,
     pub traces: traces::Settings,
+    /// Where metrics are sent besides being scraped.
+    pub metrics_export: Option<Export>,
 }
 
 /// Why the service ended otherwise than by being told to.
@@ -233,6 +235,10 @@ pub async fn run(
         changes,
         certificates: certificates(&config),
     });
+    if let Some(export) = config.metrics_export.clone() {
+        let channel = export.channel()?;
+        background.spawn(export.run(channel, metrics.clone()));
+    }
     background.spawn(tail.run(Arc::clone(&checker.store), Arc::clone(&checker.progress)));
     if let Some(tokens) = config.authenticator.tokens() {
         background.spawn(tokens.clone().follow());

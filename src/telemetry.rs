@@ -4,6 +4,7 @@
 //! No label has values that a caller can make up.
 
 mod calls;
+pub mod otlp;
 mod page;
 mod process;
 mod traces;

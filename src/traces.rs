@@ -21,7 +21,10 @@ use opentelemetry::{
 use thiserror::Error;
 
 use self::export::Exporter;
-pub use self::{export::Counts, parent::Parent};
+pub use self::{
+    export::{Counts, resource},
+    parent::Parent,
+};
 use crate::trail::{Kind, Step, Trail};
 
 /// Whatever callers and the ratio say: some hundred microseconds of a core in each second, and 500 spans.

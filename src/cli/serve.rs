@@ -201,6 +201,7 @@ pub(super) async fn serve(
             environment: settings.http.environment.clone(),
             cors_origins: settings.http.cors_origins.clone(),
         },
+        metrics_export: settings.traces.metrics_export(),
         traces: settings.traces.clone().into(),
     };
     let on_ready = || {

@@ -6,10 +6,13 @@ use clap::Args;
 use http::Uri;
 
 use super::parse_duration;
-use crate::traces::Settings;
+use crate::{telemetry::otlp::Export, traces::Settings};
 
 /// One in a thousand: a busy replica makes some traces a second, an idle one a few a day.
 const DEFAULT_TRACE_SAMPLE: &str = "0.001";
+
+/// They are scraped, as a rule.
+const DEFAULT_OTLP_METRICS_INTERVAL: &str = "0s";
 
 /// A hundred times what a miss takes: who waits as long has noticed.
 const DEFAULT_SLOW_REQUEST: &str = "500ms";
@@ -21,6 +24,10 @@ pub struct TraceSettings {
     #[arg(long, env = "HALLPASS_OTLP_ENDPOINT", value_parser = parse_endpoint)]
     pub otlp_endpoint: Option<String>,
 
+    /// Send metrics to the collector as well, this often; 0s sends none
+    #[arg(long, env = "HALLPASS_OTLP_METRICS_INTERVAL", default_value = DEFAULT_OTLP_METRICS_INTERVAL, value_parser = parse_duration)]
+    pub otlp_metrics_interval: Duration,
+
     /// The share of calls to trace whose callers do not say, from 0 to 1
     #[arg(long, env = "HALLPASS_TRACE_SAMPLE", default_value = DEFAULT_TRACE_SAMPLE, value_parser = parse_ratio)]
     pub trace_sample: f64,
@@ -28,6 +35,16 @@ pub struct TraceSettings {
     /// Log calls that take longer than this, and where their time went; 0s logs none
     #[arg(long, env = "HALLPASS_SLOW_REQUEST", default_value = DEFAULT_SLOW_REQUEST, value_parser = parse_duration)]
     pub slow_request: Duration,
+}
+
+impl TraceSettings {
+    /// Where metrics are sent, if anywhere.
+    #[must_use]
+    pub fn metrics_export(&self) -> Option<Export> {
+        let endpoint = self.otlp_endpoint.clone()?;
+        let interval = self.otlp_metrics_interval;
+        (!interval.is_zero()).then_some(Export { endpoint, interval })
+    }
 }
 
 impl From<TraceSettings> for Settings {

@@ -60,6 +60,15 @@ pub(super) struct Exporter {
     pub(super) counts: Arc<Counts>,
 }
 
+/// Who exports. What the environment says of where this runs (`OTEL_RESOURCE_ATTRIBUTES`) has precedence.
+pub fn resource() -> Resource {
+    Resource::builder_empty()
+        .with_service_name("hallpass")
+        .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
+        .with_detector(Box::new(EnvResourceDetector::new()))
+        .build()
+}
+
 impl Exporter {
     /// Connects when there is something to export. Must be called in a runtime.
     pub(super) fn new(endpoint: &str) -> Result<Self, String> {
@@ -84,17 +93,11 @@ impl Exporter {
             .with_max_export_batch_size(BATCH_SPANS_MAX)
             .with_scheduled_delay(BATCH_WAIT_MAX)
             .build();
-        // What the environment says of where this runs has precedence.
-        let resource = Resource::builder_empty()
-            .with_service_name("hallpass")
-            .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
-            .with_detector(Box::new(EnvResourceDetector::new()))
-            .build();
         let provider = SdkTracerProvider::builder()
             .with_span_processor(BatchSpanProcessor::new(counted, batches))
             // Which calls are traced has been decided before there is a span.
             .with_sampler(Sampler::AlwaysOn)
-            .with_resource(resource)
+            .with_resource(resource())
             .build();
         Ok(Self {
             tracer: provider.tracer("hallpass"),

@@ -108,6 +108,7 @@ pub(crate) fn config(url: &str) -> Config {
             environment: "test".to_owned(),
             cors_origins: Vec::new(),
         },
+        metrics_export: None,
         traces: traces::Settings {
             otlp_endpoint: None,
             sample_ratio: 0.0,

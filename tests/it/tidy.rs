@@ -22,7 +22,7 @@ const MAY_IMPORT: [(&str, &[&str]); 23] = [
     ("auth", &["model", "store"]),
     ("cache", &["model"]),
     ("limits", &["auth"]),
-    ("config", &["limits", "store", "traces"]),
+    ("config", &["limits", "store", "telemetry", "traces"]),
     ("history", &["cache", "model"]),
     ("feed", &["cache", "history", "model", "store"]),
     (
@@ -112,8 +112,11 @@ const MAY_IMPORT: [(&str, &[&str]); 23] = [
 
 /// Crates that only some modules may name. A prefix stands for the family: `tonic` for `tonic_health` too.
 const CRATES: [(&str, &[&str]); 4] = [
-    ("tonic", &["grpc", "http", "server", "cli", "traces"]),
-    ("opentelemetry", &["traces"]),
+    (
+        "tonic",
+        &["grpc", "http", "server", "cli", "telemetry", "traces"],
+    ),
+    ("opentelemetry", &["telemetry", "traces"]),
     ("tokio_postgres", &["store", "embedded"]),
     ("deadpool", &["store"]),
 ];

@@ -10,6 +10,7 @@ use std::{
 use hallpass::{
     auth::{api_key::Pepper, keys::Timing},
     server::Config,
+    telemetry::otlp::Export,
 };
 use hallpass_client::{
     tonic::{Code, Request, Response, Status, transport},
@@ -19,6 +20,10 @@ use hallpass_client::{
     },
 };
 use opentelemetry_proto::tonic::{
+    collector::metrics::v1::{
+        ExportMetricsServiceRequest, ExportMetricsServiceResponse,
+        metrics_service_server::{MetricsService, MetricsServiceServer},
+    },
     collector::trace::v1::{
         ExportTraceServiceRequest, ExportTraceServiceResponse,
         trace_service_server::{TraceService, TraceServiceServer},
@@ -524,4 +529,76 @@ fn field<'a>(line: &'a str, name: &str) -> &'a str {
     found
         .unwrap_or_else(|| panic!("{name}: {line}"))
         .trim_matches('"')
+}
+
+/// Takes metrics, and keeps the last.
+#[derive(Clone, Default)]
+struct MetricsCollector(Arc<Mutex<Option<ExportMetricsServiceRequest>>>);
+
+#[hallpass_client::tonic::async_trait]
+impl MetricsService for MetricsCollector {
+    async fn export(
+        &self,
+        request: Request<ExportMetricsServiceRequest>,
+    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
+        *self.0.lock().unwrap() = Some(request.into_inner());
+        Ok(Response::new(ExportMetricsServiceResponse::default()))
+    }
+}
+
+/// A collector that is away at first hears what a scrape would.
+#[tokio::test]
+async fn metrics_are_sent_to_whom_they_are_asked_for() {
+    let database = Database::create().await;
+    fill(&database.client().await).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let server = Server::start(Config {
+        metrics_export: Some(Export {
+            endpoint: format!("http://{address}"),
+            interval: Duration::from_millis(50),
+        }),
+        ..config(&database.url)
+    })
+    .await;
+    server.check("lincoln", "ann", APPROVE).await;
+    let listener = TcpListener::bind(address).await.unwrap();
+    let collector = MetricsCollector::default();
+    let service = MetricsServiceServer::new(collector.clone());
+    let serving = transport::Server::builder().add_service(service);
+    drop(tokio::spawn(
+        serving.serve_with_incoming(TcpListenerStream::new(listener)),
+    ));
+    eventually("metrics come", async || {
+        collector.0.lock().unwrap().is_some()
+    })
+    .await;
+    let sent = collector.0.lock().unwrap().clone().unwrap();
+    let resource = sent.resource_metrics[0].resource.clone().unwrap();
+    assert!(
+        resource
+            .attributes
+            .iter()
+            .any(|attribute| attribute.key == "service.name")
+    );
+    let metrics = &sent.resource_metrics[0].scope_metrics[0].metrics;
+    let scraped = crate::ops::Scrape::of(&server).await;
+    let mut names: Vec<&str> = metrics.iter().map(|metric| &*metric.name).collect();
+    names.sort_unstable();
+    names.retain(|name| !name.starts_with("hallpass_audit_") && !name.contains("sample"));
+    for name in &names {
+        assert!(
+            scraped
+                .samples
+                .keys()
+                .any(|sample| sample.starts_with(name)),
+            "{name}"
+        );
+    }
+    assert!(
+        names.contains(&"grpc_server_handling_seconds") && names.len() > 25,
+        "{names:?}"
+    );
+    server.stop().await;
 }

@@ -1,4 +1,4 @@
-//! Compiles `hallpass.v1` for the server, and its descriptor set for reflection; packs what the page of `/docs/` is made of.
+//! Compiles `hallpass.v1` and an empty RPC for the server, and its descriptor set for reflection; packs what the page of `/docs/` is made of.
 
 use std::{
     env,
@@ -10,6 +10,7 @@ use std::{
 
 use flate2::{Compression, write::GzEncoder};
 use prost::Message;
+use tonic_prost_build::manual::{Builder, Method, Service};
 use utoipa_swagger_ui_vendored::SWAGGER_UI_VENDORED;
 use zip::ZipArchive;
 
@@ -33,7 +34,25 @@ fn main() -> Result<(), Box<dyn Error>> {
         .codec_path("crate::grpc::codec::Codec")
         .extern_path(".google.rpc", "::tonic_types::pb")
         .compile_fds(descriptors)?;
+    Builder::new().build_client(false).compile(&[empty_rpc()]);
     pack_docs_assets(&out)
+}
+
+/// What `hallpass bench` compares a check with. It is not in `proto`, for nobody else calls it.
+fn empty_rpc() -> Service {
+    let payload = "crate::cli::bench::empty::Payload";
+    let call = Method::builder()
+        .name("call")
+        .route_name("Call")
+        .input_type(payload)
+        .output_type(payload)
+        .codec_path("tonic_prost::ProstCodec")
+        .build();
+    (Service::builder()
+        .name("EmptyService")
+        .package("hallpass.bench"))
+    .method(call)
+    .build()
 }
 
 /// Writes each asset to `out` as browsers take it: packed once, here.

@@ -13,7 +13,8 @@
 //! 8. [`auth`]: who calls, by a key, a token or a certificate, and what it may do. [`limits`]: how much.
 //! 9. [`grpc`]: requests parsed, errors mapped; [`mod@http`]: the same as JSON. [`server`]: everything put together and run.
 //! 10. [`trail`]: where a call's time goes; [`traces`]: to whom that is told; [`telemetry`]: metrics.
-//! 11. [`cli`], [`config`] and [`embedded`]: the program around it, and a PostgreSQL of its own to try it on.
+//! 11. [`cli`], [`config`] and [`embedded`]: the program around it, and a PostgreSQL of its own to try it on. [`load`]: the
+//!     other side of the wire, for `hallpass bench`.
 //!
 //! `ARCHITECTURE.md` tells the same as data flow and invariants.
 
@@ -30,6 +31,7 @@ pub mod grpc;
 pub mod history;
 pub mod http;
 pub mod limits;
+pub mod load;
 pub mod loader;
 pub mod model;
 pub mod selfcheck;

@@ -39,6 +39,7 @@ use self::{
 pub use self::{
     accept::Listener,
     connections::Connections,
+    rpc::tonic_server,
     tls::{Tls, TlsFiles},
 };
 use crate::{

@@ -27,7 +27,7 @@ const ORGANIZATIONS: usize = 50;
 const MEMBERS_AN_ORGANIZATION: usize = 200;
 
 /// The permission that the commands to paste are about; the first organization leaves it as the catalog has it.
-const SAMPLE_PERMISSION: &str = "can_approve_expenses";
+pub(super) const SAMPLE_PERMISSION: &str = "can_approve_expenses";
 
 /// Serve a made-up district: 50 schools, 10,000 members, each school with settings of its own
 #[derive(Debug, clap::Args)]
@@ -112,24 +112,24 @@ struct Sample {
     volunteer: Uuid,
 }
 
-async fn load(database: &Database) -> anyhow::Result<Sample> {
-    let mut connection = DedicatedConnection::open(&database.url, None).await?;
+/// Loads a district, unless it has been loaded, for the matrix to be refreshed; returns its first organization.
+pub(super) async fn fill(
+    connection: &mut DedicatedConnection,
+    organizations: usize,
+    members: usize,
+) -> anyhow::Result<DemoOrganization> {
     let permissions = connection.permission_keys().await?;
-    let district: Vec<DemoOrganization> = (0..ORGANIZATIONS)
-        .map(|index| organization(index, &permissions))
-        .collect();
     // The last one is there only when all are: they are loaded in order.
-    if !connection
-        .organization_exists(district[ORGANIZATIONS - 1].id)
-        .await?
-    {
-        for (index, organization) in district.iter().enumerate() {
-            connection.load_demo_organization(organization).await?;
+    let last = drawn_id(&organization_name(organizations - 1));
+    if !connection.organization_exists(last).await? {
+        for index in 0..organizations {
+            let organization = organization(index, members, &permissions);
+            connection.load_demo_organization(&organization).await?;
             if (index + 1) % 10 == 0 {
                 println!(
-                    "loaded {} of {ORGANIZATIONS} organizations, {} members",
+                    "loaded {} of {organizations} organizations, {} members",
                     index + 1,
-                    (index + 1) * MEMBERS_AN_ORGANIZATION
+                    (index + 1) * members
                 );
             }
         }
@@ -138,7 +138,12 @@ async fn load(database: &Database) -> anyhow::Result<Sample> {
             permissions.len()
         );
     }
-    let first = &district[0];
+    Ok(organization(0, members, &permissions))
+}
+
+async fn load(database: &Database) -> anyhow::Result<Sample> {
+    let mut connection = DedicatedConnection::open(&database.url, None).await?;
+    let first = fill(&mut connection, ORGANIZATIONS, MEMBERS_AN_ORGANIZATION).await?;
     let member = |role| {
         let found = first.members.iter().find(|member| member.role == role);
         found
@@ -225,9 +230,9 @@ Ctrl-C stops it; the data stays.",
 }
 
 /// The same district every time: all that varies is drawn from hashes of names.
-fn organization(index: usize, permissions: &[String]) -> DemoOrganization {
-    let name = format!("organization {index}");
-    let members: Vec<DemoMember> = (0..MEMBERS_AN_ORGANIZATION)
+fn organization(index: usize, members: usize, permissions: &[String]) -> DemoOrganization {
+    let name = organization_name(index);
+    let members: Vec<DemoMember> = (0..members)
         .map(|member| demo_member(&name, member))
         .collect();
     let overrides = permissions
@@ -245,6 +250,10 @@ fn organization(index: usize, permissions: &[String]) -> DemoOrganization {
         members,
         overrides,
     }
+}
+
+fn organization_name(index: usize) -> String {
+    format!("organization {index}")
 }
 
 fn demo_member(organization: &str, index: usize) -> DemoMember {

@@ -2,6 +2,7 @@
 
 mod audit;
 mod authenticator;
+pub(crate) mod bench;
 mod check;
 mod database;
 mod demo;
@@ -52,6 +53,9 @@ enum Command {
     List(list::List),
     Audit(audit::Audit),
     Keys(keys::Keys),
+    Bench(bench::Bench),
+    #[command(hide = true)]
+    BenchEmpty(bench::empty::BenchEmpty),
 }
 
 /// Runs the command that the process was given; each chooses its exit code, and an error is 2.
@@ -76,6 +80,8 @@ pub fn run() -> anyhow::Result<ExitCode> {
             Command::List(command) => command.run().await,
             Command::Audit(command) => command.run().await,
             Command::Keys(command) => command.run().await,
+            Command::Bench(command) => Box::pin(command.run()).await,
+            Command::BenchEmpty(command) => command.run().await,
         }
     })
 }

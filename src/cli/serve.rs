@@ -289,7 +289,7 @@ fn say_who_can_listen(setting: &str, address: &ListenAddress, tls: Option<&Tls>)
 
 /// The bounds on connections; fewer connections where the system gives this process too few file descriptors, so that
 /// the database's are never short of them.
-fn connections(settings: &ConnectionSettings) -> anyhow::Result<Connections> {
+pub(super) fn connections(settings: &ConnectionSettings) -> anyhow::Result<Connections> {
     let asked = settings.connections_max.get();
     let descriptors = asked.saturating_add(DESCRIPTORS_BESIDES) as u64;
     let given = raise_descriptor_limit(descriptors)?;

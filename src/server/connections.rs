@@ -29,10 +29,10 @@ pub(super) const STREAMS_A_CONNECTION_MAX: u32 = 1_000;
 pub(super) const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
 
 /// What a connection may have sent and the service not have read: a request of 10,000 items comes in two round trips.
-pub(super) const WINDOW_BYTES: u32 = 1 << 20;
+pub const WINDOW_BYTES: u32 = 1 << 20;
 
 /// The least that HTTP/2 allows. Greater frames would make short calls wait behind long ones.
-pub(super) const FRAME_BYTES_MAX: u32 = 16 << 10;
+pub const FRAME_BYTES_MAX: u32 = 16 << 10;
 
 /// Calls that are taken back before they are looked at, on one connection at once (rapid reset). A client that gives up
 /// a whole burst of calls at a time comes nowhere near, for they are looked at as they come.

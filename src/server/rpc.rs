@@ -86,7 +86,7 @@ pub(super) async fn serve_grpc(
     connections: Connections,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    listen(&connections)
+    tonic_server(&connections)
         // What a call comes through, from outside: the counting of all, a place among those in flight and its address's share, a time by
         // which it ends, who calls and whether that fits, and the caller's share.
         .layer(observe)
@@ -100,7 +100,9 @@ pub(super) async fn serve_grpc(
     Ok(())
 }
 
-fn listen(connections: &Connections) -> Server {
+/// A server of tonic's with these bounds.
+#[must_use]
+pub fn tonic_server(connections: &Connections) -> Server {
     let server = Server::builder()
         .http2_keepalive_interval(Some(connections.keepalive_interval))
         .http2_keepalive_timeout(Some(connections.keepalive_timeout))

@@ -45,6 +45,8 @@ UPDATE public.profiles SET role = $3 WHERE org_id = $1 AND user_id = $2 AND role
 
 const ORGANIZATION_EXISTS: &str = "SELECT EXISTS (SELECT FROM public.organizations WHERE id = $1)";
 
+const MEMBERS: &str = "SELECT org_id, user_id FROM hallpass.members ORDER BY user_id";
+
 const PERMISSIONS: &str = "SELECT permission_key::text FROM public.organization_permission_templates ORDER BY permission_key";
 
 impl DedicatedConnection {
@@ -117,6 +119,16 @@ impl DedicatedConnection {
         }
         transaction.commit().await?;
         Ok(())
+    }
+
+    /// All members of all organizations, with the organization of each first.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn demo_members(&self) -> Result<Vec<(Uuid, Uuid)>, StoreError> {
+        let rows = self.client.query(MEMBERS, &[]).await?;
+        let member = |row: &tokio_postgres::Row| Ok((row.try_get(0)?, row.try_get(1)?));
+        rows.iter().map(member).collect()
     }
 
     /// Gives a member this role.

@@ -3,7 +3,9 @@
 //! Invariant: health says SERVING only once the schema was found current, while the log is believed and answers can be given.
 
 pub mod accept;
+mod batch;
 pub mod connections;
+mod drive;
 pub mod io;
 mod readiness;
 mod rpc;
@@ -18,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::{FutureExt, OptionFuture};
+use futures_util::future::OptionFuture;
 use thiserror::Error;
 use tokio::{
     sync::watch,
@@ -290,8 +292,7 @@ pub async fn run(
         ));
     }
     let mut server = AbortOnDropHandle::new(tokio::spawn(async {
-        tokio::try_join!(grpc, OptionFuture::from(http).map(Ok))?;
-        Ok(())
+        tokio::join!(grpc, OptionFuture::from(http));
     }));
     let watched = async {
         prepare(&config, &checker.store).await?;
@@ -307,7 +308,7 @@ pub async fn run(
     };
     tokio::select! {
         fatal = watched => { let Err(error) = fatal; return Err(error); }
-        ended = &mut server => return ended?,
+        ended = &mut server => return Ok(ended?),
         () = shutdown => {}
     }
 
@@ -350,7 +351,7 @@ async fn drain(
     config: &Config,
     mut health: HealthReporter,
     stop: &CancellationToken,
-    server: AbortOnDropHandle<Result<(), ServeError>>,
+    server: AbortOnDropHandle<()>,
 ) -> Result<(), ServeError> {
     tracing::info!("stopping");
     sleep(config.lame_duck).await;
@@ -367,7 +368,7 @@ async fn drain(
         );
         return Ok(());
     };
-    ended?
+    Ok(ended?)
 }
 
 async fn report(health: &HealthReporter, status: ServingStatus) {

@@ -2,26 +2,36 @@
 //!
 //! Invariant: whatever comes in passes the same layers, in the same order.
 
-use std::{future::Future, sync::Arc};
-
-use tonic::{
-    codec::CompressionEncoding,
-    service::Routes,
-    transport::{Server, server::Connected},
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
 };
+
+use http::{Request, Response};
+use http_body::Body;
+use hyper::{body::Incoming, server::conn::http2::Builder, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prost::bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, codec::CompressionEncoding, service::Routes, transport::Server};
 use tonic_health::pb::health_server::{Health, HealthServer};
+use tower::{Service, ServiceBuilder};
 
 use super::{
     ServeError,
     accept::Acceptor,
+    batch::{Batched, Calls},
     connections::{
         Connections, ERROR_RESETS_MAX, FRAME_BYTES_MAX, HEADER_LIST_BYTES_MAX,
         STREAMS_A_CONNECTION_MAX, UNSEEN_RESETS_MAX, WINDOW_BYTES,
     },
+    drive::{drive, goodbye},
     io::Io,
 };
 use crate::{
-    auth::{Authenticator, Peer},
+    auth::Authenticator,
     grpc::{
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
@@ -85,19 +95,69 @@ pub(super) async fn serve_grpc(
     acceptor: Acceptor,
     connections: Connections,
     stop: impl Future<Output = ()>,
-) -> Result<(), ServeError> {
-    tonic_server(&connections)
-        // What a call comes through, from outside: the counting of all, a place among those in flight and its address's share, a time by
-        // which it ends, who calls and whether that fits, and the caller's share.
+) {
+    // What a call comes through, from outside: the counting of all, a place among those in flight and its address's share, a time by
+    // which it ends, who calls and whether that fits, and the caller's share.
+    let calls = ServiceBuilder::new()
         .layer(observe)
         .layer(DoorLayer(Arc::clone(&limits)))
         .layer(DeadlineLayer(Arc::clone(&limits)))
         .layer(GateLayer(authenticator, Arc::clone(&limits)))
         .layer(CallerLayer(limits))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(acceptor.incoming(), stop)
-        .await?;
-    Ok(())
+        .service(routes.prepare());
+    drive(acceptor, stop, |io, stops| {
+        connection(calls.clone(), io, connections.clone(), stops)
+    })
+    .await;
+}
+
+async fn connection<S, B>(calls: S, io: Io, connections: Connections, stops: CancellationToken)
+where
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Send,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes, Error = Status> + Send + 'static,
+{
+    let peer = io.peer().clone();
+    // One connection's calls come one after the other: nobody waits for this lock.
+    let calls = Mutex::new(calls);
+    let service = service_fn(|mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer.clone());
+        calls
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .call(request)
+    });
+    let batch = Calls::default();
+    let connection =
+        builder(&connections, batch.clone()).serve_connection(TokioIo::new(io), service);
+    let mut connection = pin!(Batched::new(connection, batch));
+    let mut says_goodbye = pin!(goodbye(&connections, &stops));
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = &mut says_goodbye => {
+            connection.as_mut().connection().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended");
+    }
+}
+
+fn builder(connections: &Connections, calls: Calls) -> Builder<Calls> {
+    let mut builder = Builder::new(calls);
+    builder
+        .timer(TokioTimer::new())
+        .keep_alive_interval(connections.keepalive_interval)
+        .keep_alive_timeout(connections.keepalive_timeout)
+        .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)
+        .max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX)
+        .max_pending_accept_reset_streams(UNSEEN_RESETS_MAX)
+        .max_local_error_reset_streams(ERROR_RESETS_MAX);
+    builder
 }
 
 /// A server of tonic's with these bounds.
@@ -117,13 +177,5 @@ pub fn tonic_server(connections: &Connections) -> Server {
         // Not tonic's grace: with one it says no goodbye, and only cuts off. The end is [`Io`]'s.
         Some(age_max) => server.max_connection_age(age_max),
         None => server,
-    }
-}
-
-impl Connected for Io {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.peer().clone()
     }
 }

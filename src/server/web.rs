@@ -3,21 +3,13 @@
 //! Invariant: whatever its client does or leaves undone, a connection ends: by the wait for its next request, by the
 //! deadline of a call, or by its age. None outlives [`serve`].
 
-use std::{
-    future::{Future, pending},
-    pin::pin,
-};
+use std::{future::Future, pin::pin};
 
 use axum::{Router, body::Body, extract::Request};
-use futures_util::StreamExt;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto::Builder,
-};
-use tokio::{
-    task::{JoinError, JoinSet},
-    time::sleep,
 };
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -28,6 +20,7 @@ use super::{
         Connections, ERROR_RESETS_MAX, FRAME_BYTES_MAX, HEADER_LIST_BYTES_MAX,
         STREAMS_A_CONNECTION_MAX, UNSEEN_RESETS_MAX, WINDOW_BYTES,
     },
+    drive::{drive, goodbye},
     io::Io,
 };
 
@@ -43,40 +36,16 @@ pub(super) async fn serve(
     stop: impl Future<Output = ()>,
 ) {
     let builder = builder(&connections);
-    let goodbye = CancellationToken::new();
-    // Aborted when this function is dropped.
-    let mut tasks = JoinSet::new();
-    {
-        let mut incoming = pin!(acceptor.incoming());
-        let mut stop = pin!(stop);
-        loop {
-            tokio::select! {
-                () = &mut stop => break,
-                Some(Ok(io)) = incoming.next() => {
-                    let connection = connection(
-                        builder.clone(),
-                        router.clone(),
-                        io,
-                        connections.clone(),
-                        goodbye.clone(),
-                    );
-                    tasks.spawn(connection);
-                }
-                Some(ended) = tasks.join_next() => or_log(ended),
-            }
-        }
-    }
-    goodbye.cancel();
-    while let Some(ended) = tasks.join_next().await {
-        or_log(ended);
-    }
-}
-
-/// A call that panics ends its connection, and no other.
-fn or_log(ended: Result<(), JoinError>) {
-    if let Err(error) = ended {
-        tracing::error!(%error, "a connection's task ended");
-    }
+    drive(acceptor, stop, |io, stops| {
+        connection(
+            builder.clone(),
+            router.clone(),
+            io,
+            connections.clone(),
+            stops,
+        )
+    })
+    .await;
 }
 
 async fn connection(
@@ -84,7 +53,7 @@ async fn connection(
     router: Router,
     io: Io,
     connections: Connections,
-    goodbye: CancellationToken,
+    stops: CancellationToken,
 ) {
     let peer = io.peer().clone();
     let service = service_fn(move |request: Request<Incoming>| {
@@ -93,12 +62,7 @@ async fn connection(
         router.clone().oneshot(request)
     });
     let mut connection = pin!(builder.serve_connection(TokioIo::new(io), service));
-    let mut says_goodbye = pin!(async {
-        tokio::select! {
-            () = goodbye.cancelled() => {}
-            () = too_old(&connections) => {}
-        }
-    });
+    let mut says_goodbye = pin!(goodbye(&connections, &stops));
     let ended = tokio::select! {
         ended = &mut connection => ended,
         () = &mut says_goodbye => {
@@ -108,14 +72,6 @@ async fn connection(
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a connection ended");
-    }
-}
-
-/// After that a connection takes no new calls; that it ends is [`Io`]'s.
-async fn too_old(connections: &Connections) {
-    match connections.age_max {
-        Some(age_max) => sleep(age_max).await,
-        None => pending().await,
     }
 }
 

@@ -43,6 +43,10 @@ VALUES ($1, $2, $3, $4, $5) ON CONFLICT (org_id, permission_key) DO NOTHING";
 const RESET_ROLE: &str = "
 UPDATE public.profiles SET role = $3 WHERE org_id = $1 AND user_id = $2 AND role IS DISTINCT FROM $3";
 
+const TOGGLE_ROLE: &str = "
+UPDATE public.profiles SET role = CASE role WHEN 'volunteer' THEN 'committee_lead' ELSE 'volunteer' END
+WHERE org_id = $1 AND user_id = $2";
+
 const ORGANIZATION_EXISTS: &str = "SELECT EXISTS (SELECT FROM public.organizations WHERE id = $1)";
 
 const MEMBERS: &str = "SELECT org_id, user_id FROM hallpass.members ORDER BY user_id";
@@ -129,6 +133,17 @@ impl DedicatedConnection {
         let rows = self.client.query(MEMBERS, &[]).await?;
         let member = |row: &tokio_postgres::Row| Ok((row.try_get(0)?, row.try_get(1)?));
         rows.iter().map(member).collect()
+    }
+
+    /// Gives a member another role than it has.
+    ///
+    /// # Errors
+    /// When the database is away.
+    pub async fn toggle_demo_role(&self, organization: Uuid, user: Uuid) -> Result<(), StoreError> {
+        self.client
+            .execute(TOGGLE_ROLE, &[&organization, &user])
+            .await?;
+        Ok(())
     }
 
     /// Gives a member this role.

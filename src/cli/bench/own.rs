@@ -219,12 +219,9 @@ impl Own {
         let mut ticks = interval(Duration::from_secs(1) / a_second.max(1));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let writes = async {
-            for round in 0_usize.. {
-                let role = ["volunteer", "committee_lead"][round % 2];
-                for (organization, user) in &members {
-                    ticks.tick().await;
-                    connection.set_demo_role(*organization, *user, role).await?;
-                }
+            for (organization, user) in members.iter().cycle() {
+                ticks.tick().await;
+                connection.toggle_demo_role(*organization, *user).await?;
             }
             anyhow::Ok(())
         };

@@ -1,0 +1,95 @@
+//! A connection of HTTP/2 whose calls are answered together: it reads what has come, answers all of it, and writes the
+//! answers at once.
+//!
+//! hyper gives each call to an executor. A runtime's would make each a task, which wakes the connection when it has its
+//! answer, and the connection would then write that one answer: a system call a check, which costs more than the check.
+//!
+//! Invariant: a call that is not answered at once is a task like any other, and one that panics ends alone.
+
+use std::{
+    future::Future,
+    mem,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
+};
+
+use pin_project_lite::pin_project;
+
+type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The calls that a connection has read and nobody has looked at.
+#[derive(Clone, Default)]
+pub(super) struct Calls(Arc<Mutex<Vec<Call>>>);
+
+impl<F> hyper::rt::Executor<F> for Calls
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, call: F) {
+        self.lock().push(Box::pin(call));
+    }
+}
+
+impl Calls {
+    fn lock(&self) -> MutexGuard<'_, Vec<Call>> {
+        // Nothing panics under the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers what can be answered now; says whether there was anything.
+    fn answer(&self, room: &mut Vec<Call>) -> bool {
+        mem::swap(&mut *self.lock(), room);
+        let any = !room.is_empty();
+        for mut call in room.drain(..) {
+            // Whoever has to wait is polled again by a task, and tells that one's waker.
+            let mut nobody = Context::from_waker(Waker::noop());
+            let polled = catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(&mut nobody)));
+            match polled {
+                Ok(Poll::Ready(())) => {}
+                Ok(Poll::Pending) => drop(tokio::spawn(call)),
+                Err(_) => tracing::error!("a call panicked"),
+            }
+        }
+        any
+    }
+}
+
+pin_project! {
+    /// A connection that hyper serves with [`Calls`] as its executor.
+    pub(super) struct Batched<C> {
+        #[pin]
+        connection: C,
+        calls: Calls,
+        room: Vec<Call>,
+    }
+}
+
+impl<C> Batched<C> {
+    pub(super) fn new(connection: C, calls: Calls) -> Self {
+        Self {
+            connection,
+            calls,
+            room: Vec::new(),
+        }
+    }
+
+    pub(super) fn connection(self: Pin<&mut Self>) -> Pin<&mut C> {
+        self.project().connection
+    }
+}
+
+impl<C: Future> Future for Batched<C> {
+    type Output = C::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<C::Output> {
+        let mut this = self.project();
+        loop {
+            let polled = this.connection.as_mut().poll(context);
+            if polled.is_ready() || !this.calls.answer(this.room) {
+                return polled;
+            }
+        }
+    }
+}

@@ -127,6 +127,11 @@ impl Counts {
         self.decisions.sum(decision(reason, source))
     }
 
+    /// Subjects that were found in the cache.
+    pub fn found(&self, subjects: usize) {
+        self.lookups.add(1, subjects as u64);
+    }
+
     /// Subjects that were found in the cache, and that were not.
     #[must_use]
     pub fn hits_and_misses(&self) -> (u64, u64) {
@@ -306,6 +311,13 @@ impl Checker {
         let reason = known.entry.permissions.decide(permission);
         self.counts.decided(reason, known.evidence.source);
         reason
+    }
+
+    /// What is cached of a subject, if that is fresh enough for who asks for nothing in particular. Counts nothing: whoever
+    /// makes do with it counts it.
+    #[must_use]
+    pub fn recall(&self, subject: &Subject, arrived: BootTime) -> Option<Known> {
+        self.look_up(subject, Freshness::MinimizeLatency, arrived)
     }
 
     /// The cached answer, if one may be given.

@@ -125,10 +125,42 @@ pub enum PositionError {
 
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.write(&mut [0; Self::BYTES_MAX]))
+    }
+}
+
+impl Position {
+    /// What a position's text takes at most.
+    pub const BYTES_MAX: usize = "-9223372036854775808-ffffffff".len();
+
+    /// Its text, in `room`.
+    #[must_use]
+    pub fn write<'a>(&self, room: &'a mut [u8; Self::BYTES_MAX]) -> &'a str {
         if *self == Self::ZERO {
-            return f.write_str("0-0");
+            return "0-0";
         }
-        write!(f, "{}-{:08x}", self.seq, self.uid)
+        let mut at = room.len();
+        let mut put = |byte| {
+            at -= 1;
+            room[at] = byte;
+        };
+        for digit in 0..8 {
+            put(b"0123456789abcdef"[(self.uid >> (4 * digit) & 0xf) as usize]);
+        }
+        put(b'-');
+        let mut seq = self.seq.unsigned_abs();
+        loop {
+            put(b"0123456789"[(seq % 10) as usize]);
+            seq /= 10;
+            if seq == 0 {
+                break;
+            }
+        }
+        if self.seq < 0 {
+            put(b'-');
+        }
+        // ASCII.
+        std::str::from_utf8(&room[at..]).unwrap_or_default()
     }
 }
 
@@ -338,6 +370,11 @@ mod tests {
         };
         assert_eq!(position.to_string(), "812-5f0c9ae1");
         assert_eq!(Position { seq: 1, uid: 0xab }.to_string(), "1-000000ab");
+        let least = Position {
+            seq: i64::MIN,
+            uid: u32::MAX,
+        };
+        assert_eq!(least.to_string(), "-9223372036854775808-ffffffff");
         assert_eq!(Position::ZERO.to_string(), "0-0");
     }
 

@@ -256,6 +256,7 @@ pub async fn run(
     };
     let grpc = rpc::serve_grpc(
         routes,
+        Arc::clone(&services.permissions),
         Arc::clone(&config.authenticator),
         Arc::clone(&limits),
         ObserveLayer::new(

@@ -5,6 +5,7 @@
 pub mod admin_service;
 pub mod audit_service;
 pub mod codec;
+pub mod direct;
 pub mod gate;
 pub mod limit;
 pub mod observe;

@@ -4,7 +4,7 @@
 mod admin;
 mod audit;
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use tonic::{Request, Status};
 use tonic_types::FieldViolation;
@@ -96,7 +96,7 @@ impl<'a> Fields<'a> {
     /// Parses both ids, so that a caller hears of both when both are wrong.
     pub(super) fn subject(
         &mut self,
-        prefix: &str,
+        prefix: impl fmt::Display,
         organization: &str,
         user: &str,
     ) -> Option<Subject> {
@@ -139,33 +139,22 @@ impl<'a> Fields<'a> {
         self.id(format_args!("{field}"), value)
     }
 
-    /// Only the hyphenated form: it is what PostgreSQL prints, and one id must not have two spellings in a log.
-    fn id(&mut self, field: std::fmt::Arguments<'_>, value: &str) -> Option<Uuid> {
-        const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
-        match Uuid::try_parse(value) {
-            Ok(id) if value.len() == HYPHENATED => Some(id),
-            _ if value.is_empty() => {
-                self.violation(field.to_string(), "is missing: a hyphenated UUID");
-                None
-            }
-            _ => {
-                let complaint = format!("must be a hyphenated UUID, not `{}`", shown(value));
-                self.violation(field.to_string(), complaint);
-                None
-            }
+    fn id(&mut self, field: fmt::Arguments<'_>, value: &str) -> Option<Uuid> {
+        let id = uuid(value);
+        if id.is_none() {
+            let complaint = match value {
+                "" => "is missing: a hyphenated UUID".to_owned(),
+                _ => format!("must be a hyphenated UUID, not `{}`", shown(value)),
+            };
+            self.violation(field.to_string(), complaint);
         }
+        id
     }
 
     /// A permission's or a module's key, as far as PostgreSQL can hold it.
-    pub(super) fn key(&mut self, field: std::fmt::Arguments<'_>, key: &str) {
-        if key.is_empty() || key.len() > KEY_BYTES_MAX {
-            let found = key.len();
-            self.violation(
-                field.to_string(),
-                format!("must be 1 to {KEY_BYTES_MAX} bytes, not {found}"),
-            );
-        } else if key.contains('\0') {
-            self.violation(field.to_string(), "must not contain a NUL character");
+    pub(super) fn key(&mut self, field: fmt::Arguments<'_>, key: &str) {
+        if let Some(complaint) = wrong_key(key) {
+            self.violation(field.to_string(), complaint);
         }
     }
 
@@ -236,6 +225,24 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// Only the hyphenated form: it is what PostgreSQL prints, and one id must not have two spellings in a log.
+pub(super) fn uuid(value: &str) -> Option<Uuid> {
+    const HYPHENATED: usize = uuid::fmt::Hyphenated::LENGTH;
+    let id = Uuid::try_parse(value).ok();
+    id.filter(|_| value.len() == HYPHENATED)
+}
+
+/// What is wrong with a permission's or a module's key, if anything is.
+pub(super) fn wrong_key(key: &str) -> Option<String> {
+    match key.len() {
+        1..=KEY_BYTES_MAX if key.contains('\0') => {
+            Some("must not contain a NUL character".to_owned())
+        }
+        1..=KEY_BYTES_MAX => None,
+        found => Some(format!("must be 1 to {KEY_BYTES_MAX} bytes, not {found}")),
+    }
+}
+
 /// User input for a message: short and on one line.
 fn shown(value: &str) -> String {
     let mut shown = String::new();
@@ -262,8 +269,8 @@ pub(super) fn parse_item(
     item: &v1::BatchCheckPermissionsItem,
 ) -> Result<Subject, Status> {
     let mut fields = Fields::new(caller);
-    let prefix = format!("items[{index}].");
-    let subject = fields.subject(&prefix, &item.organization_id, &item.user_id);
+    let prefix = format_args!("items[{index}].");
+    let subject = fields.subject(prefix, &item.organization_id, &item.user_id);
     fields.key(format_args!("{prefix}permission"), &item.permission);
     fields.all_fit(subject)
 }

@@ -31,10 +31,10 @@ const DETAILED_ITEMS_MAX: usize = 1_000;
 
 /// Serves checks.
 pub struct PermissionService {
-    checker: Arc<Checker>,
+    pub(super) checker: Arc<Checker>,
     /// The most that a caller may ask for as `max_staleness`.
     staleness_ceiling: Duration,
-    limits: Arc<Limits>,
+    pub(super) limits: Arc<Limits>,
 }
 
 impl PermissionService {
@@ -401,15 +401,20 @@ impl From<Reason> for v1::Reason {
     }
 }
 
+impl From<Source> for v1::Source {
+    fn from(source: Source) -> Self {
+        match source {
+            Source::Cache => Self::Cache,
+            Source::Database => Self::Database,
+        }
+    }
+}
+
 impl From<Evidence> for v1::Evidence {
     fn from(evidence: Evidence) -> Self {
-        let source = match evidence.source {
-            Source::Cache => v1::Source::Cache,
-            Source::Database => v1::Source::Database,
-        };
         Self {
             position: evidence.position.to_string(),
-            source: source.into(),
+            source: v1::Source::from(evidence.source).into(),
             staleness: Some(prost_types::Duration {
                 seconds: i64::try_from(evidence.staleness.as_secs()).unwrap_or(i64::MAX),
                 nanos: i32::try_from(evidence.staleness.subsec_nanos()).unwrap_or(0),

@@ -33,9 +33,11 @@ use super::{
 use crate::{
     auth::Authenticator,
     grpc::{
+        direct::Direct,
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
         observe::ObserveLayer,
+        permission_service::PermissionService,
         v1,
     },
     http::Services,
@@ -89,6 +91,7 @@ pub(super) fn grpc_routes(
 
 pub(super) async fn serve_grpc(
     routes: Routes,
+    permissions: Arc<PermissionService>,
     authenticator: Arc<Authenticator>,
     limits: Arc<Limits>,
     observe: ObserveLayer,
@@ -104,7 +107,7 @@ pub(super) async fn serve_grpc(
         .layer(DeadlineLayer(Arc::clone(&limits)))
         .layer(GateLayer(authenticator, Arc::clone(&limits)))
         .layer(CallerLayer(limits))
-        .service(routes.prepare());
+        .service(Direct::new(permissions, routes.prepare()));
     drive(acceptor, stop, |io, stops| {
         connection(calls.clone(), io, connections.clone(), stops)
     })
@@ -148,6 +151,8 @@ fn builder(connections: &Connections, calls: Calls) -> Builder<Calls> {
     let mut builder = Builder::new(calls);
     builder
         .timer(TokioTimer::new())
+        // Of no use to a call: its client knows what time it is.
+        .auto_date_header(false)
         .keep_alive_interval(connections.keepalive_interval)
         .keep_alive_timeout(connections.keepalive_timeout)
         .max_concurrent_streams(STREAMS_A_CONNECTION_MAX)

@@ -42,6 +42,7 @@ mod consumer;
 mod database;
 mod database_tls;
 mod deadlines;
+mod direct;
 mod doctor;
 mod dump;
 mod embedded;

@@ -22,8 +22,8 @@ use self::{
     questions::Asked,
     target::Target,
 };
-use super::answer;
 use crate::{
+    cli::answer,
     config::{ClientSettings, parse_duration},
     load::Draw,
 };

@@ -31,6 +31,7 @@ use crate::{
 };
 
 const SIZES: [usize; 4] = [1_000, 10_000, 100_000, 1_000_000];
+const NAMES: [&str; 4] = ["1,000", "10,000", "100,000", "1,000,000"];
 
 /// Checks a round, after some that are not counted: of a cache of 1,000 the processor's own caches hold every user then.
 const CHECKS: usize = 20_000;
@@ -131,7 +132,8 @@ async fn memory(report: &mut Report, url: &DatabaseUrl, members: &[Member]) -> R
     let mut ask = |how: &str, bytes: f64| {
         let what = format!("1,000,000 cached users, {how}");
         section.ask(&what, bytes / 1e6, Unit::Megabytes, MEMORY_MB_MAX);
-        section.tell("a user", bytes / members.len() as f64, Unit::Bytes);
+        let a_user = format!("a user, {how}");
+        section.tell(&a_user, bytes / members.len() as f64, Unit::Bytes);
     };
     sleep(SETTLE).await;
     let mut after = resident_bytes()?;
@@ -204,8 +206,8 @@ fn cost(report: &mut Report, parts: &[Parts], members: &[Member]) -> Result<()> 
         }
     }
     let medians = taken.map(median);
-    for (size, nanos) in SIZES.iter().zip(medians) {
-        section.tell(&format!("{size} users"), nanos, Unit::Nanoseconds);
+    for (users, nanos) in NAMES.iter().zip(medians) {
+        section.tell(&format!("{users} users"), nanos, Unit::Nanoseconds);
     }
     let (least, most) = (medians[0], medians[SIZES.len() - 1]);
     section.ask(
@@ -214,7 +216,11 @@ fn cost(report: &mut Report, parts: &[Parts], members: &[Member]) -> Result<()> 
         Unit::Times,
         COST_TIMES_MAX,
     );
-    section.tell("more", most - least, Unit::Nanoseconds);
+    section.tell(
+        "more with 1,000,000 users than with 1,000",
+        most - least,
+        Unit::Nanoseconds,
+    );
     let share = (most - least) / EMPTY_RPC_NS * 100.0;
     section.tell("that is, of an empty RPC's 6.6 µs", share, Unit::Percent);
     section.tell(

@@ -159,6 +159,7 @@ figures: ## measure, and print the figures
 	@tools/prerequisites.sh rust cc postgresql
 	@$(CARGO) bench --locked --bench figures
 	@$(CARGO) bench --locked --bench adoption
+	@$(CARGO) bench --locked --bench growth
 	@$(CARGO) bench --locked --bench credentials
 
 attacks: ## attack the service over loopback, and print what a well-behaved caller gets; ONLY=part of an attack's name

@@ -4,9 +4,8 @@
 
 use std::{
     error::Error,
-    io::{BufRead, BufReader},
     path::Path,
-    process::{Child, ChildStdout, Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -58,21 +57,7 @@ async fn main() -> Result<()> {
     let database = Database::connect(&data_dir).await?;
     let channel = hallpass_client::connect(ENDPOINT).await?;
     latencies(&channel, &database).await?;
-
-    database.change_one_membership().await?;
-    let started = Instant::now();
-    database
-        .client
-        .execute("SELECT refresh_permission_materialized_views()", &[])
-        .await?;
-    row("refresh of both views, 10,000 members", started.elapsed());
-    row(
-        "warm start, 10,000 members",
-        service
-            .stop()?
-            .ok_or("no line says how long the warm start took")?,
-    );
-    Ok(())
+    service.stop()
 }
 
 /// Takes the latencies in turns, so that what else the machine does falls on all alike.
@@ -174,8 +159,6 @@ fn percentiles(name: &str, histogram: &Histogram<u64>) {
 /// The hallpass program, running.
 struct Service {
     process: Child,
-    log: BufReader<std::process::ChildStderr>,
-    _output: Option<ChildStdout>,
     to_ready: Duration,
 }
 
@@ -194,12 +177,10 @@ impl Service {
             ])
             .arg("--data-dir")
             .arg(data_dir)
-            .env("RUST_LOG", "info")
+            .env("RUST_LOG", "error")
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()?;
-        let log = BufReader::new(process.stderr.take().ok_or("no log")?);
-        let output = process.stdout.take();
         while !is_serving().await {
             if let Some(status) = process.try_wait()? {
                 return Err(format!("hallpass {command} ended: {status}").into());
@@ -208,36 +189,15 @@ impl Service {
         }
         Ok(Self {
             process,
-            log,
-            _output: output,
             to_ready: started.elapsed(),
         })
     }
 
-    /// Returns how long its warm start took, if its log says so.
-    fn stop(mut self) -> Result<Option<Duration>> {
+    fn stop(mut self) -> Result<()> {
         let pid = Pid::from_raw(i32::try_from(self.process.id())?).ok_or("no process")?;
         kill_process(pid, Signal::TERM)?;
         self.process.wait()?;
-        let warmed = self
-            .log
-            .lines()
-            .map_while(std::result::Result::ok)
-            .find(|line| line.contains("warmed the cache"));
-        Ok(warmed.and_then(|line| parse_elapsed(&line)))
-    }
-}
-
-/// Reads `elapsed=812.5ms` or `elapsed=1.2s`.
-fn parse_elapsed(line: &str) -> Option<Duration> {
-    let text = line.split("elapsed=").nth(1)?.split_whitespace().next()?;
-    match text.strip_suffix("ms") {
-        Some(millis) => Some(Duration::from_secs_f64(
-            millis.parse::<f64>().ok()? / 1_000.0,
-        )),
-        None => Some(Duration::from_secs_f64(
-            text.strip_suffix('s')?.parse().ok()?,
-        )),
+        Ok(())
     }
 }
 
@@ -275,11 +235,5 @@ impl Database {
             )
             .await?;
         Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
-    }
-
-    async fn change_one_membership(&self) -> Result<()> {
-        let change = "UPDATE profiles SET role = 'admin' WHERE id = (SELECT id FROM profiles ORDER BY id LIMIT 1)";
-        self.client.execute(change, &[]).await?;
-        Ok(())
     }
 }

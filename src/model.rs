@@ -25,7 +25,7 @@ pub struct Subject {
 }
 
 /// Why a decision is what it is. The first rule that matches wins, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
     UnknownPermission,
     NotAMember,
@@ -325,20 +325,21 @@ impl Catalog {
 pub struct SubjectPermissions {
     pub catalog: Arc<Catalog>,
     /// `None` for a user who is no member.
-    pub membership: Option<Membership>,
+    pub membership: Option<Arc<Membership>>,
 }
 
-/// A member's role and one decided permission for each of the catalog's, in its order.
-#[derive(Clone, Debug)]
+/// A member's role and one decided permission for each of the catalog's, in its order: the same for most who have this role
+/// in an organization.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Membership {
-    pub role: Arc<str>,
+    pub role: Box<str>,
     pub decided: Box<[DecidedPermission]>,
     /// The distinct minimum roles that `decided` points into.
-    pub min_roles: Arc<[Arc<str>]>,
+    pub min_roles: Box<[Box<str>]>,
 }
 
 /// One permission as it stands for one member.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DecidedPermission {
     pub reason: Reason,
     pub enabled: bool,

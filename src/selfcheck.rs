@@ -176,7 +176,7 @@ async fn compare(store: &Store, sample: &Sample) -> Result<Comparison, StoreErro
 fn differences(these: &SubjectPermissions, those: &SubjectPermissions) -> String {
     let role = |permissions: &SubjectPermissions| {
         let membership = permissions.membership.as_ref();
-        membership.map(|membership| Arc::clone(&membership.role))
+        membership.map(|membership| membership.role.clone())
     };
     let mut found = Vec::new();
     if role(these) != role(those) {

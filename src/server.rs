@@ -256,7 +256,6 @@ pub async fn run(
     };
     let grpc = rpc::serve_grpc(
         routes,
-        Arc::clone(&services.permissions),
         Arc::clone(&config.authenticator),
         Arc::clone(&limits),
         ObserveLayer::new(

@@ -14,7 +14,7 @@ use hallpass::{
     check::{Checker, Freshness, Source},
     feed::{self, Progress},
     loader::Loader,
-    model::{BootTime, Change, Membership, OrganizationId, SubjectPermissions},
+    model::{BootTime, Change, OrganizationId},
     selfcheck::sampler,
     store::{DatabaseUrl, Store},
     upkeep::warm_up,
@@ -125,56 +125,21 @@ async fn memory(report: &mut Report, url: &DatabaseUrl, members: &[Member]) -> R
         &["growth of the process's resident memory, with mimalloc as the program has it"],
     );
     let parts = Parts::start(url).await?;
-    let mut before = resident_bytes()?;
+    let before = resident_bytes()?;
     let started = Instant::now();
     parts.fill(members.len()).await?;
     let took = started.elapsed().as_secs_f64();
-    let mut ask = |how: &str, bytes: f64| {
-        let what = format!("1,000,000 cached users, {how}");
-        section.ask(&what, bytes / 1e6, Unit::Megabytes, MEMORY_MB_MAX);
-        let a_user = format!("a user, {how}");
-        section.tell(&a_user, bytes / members.len() as f64, Unit::Bytes);
-    };
     sleep(SETTLE).await;
-    let mut after = resident_bytes()?;
-    ask("by a warm start", after - before);
-
-    // What a load of one subject decodes to: nothing but the catalog is shared with others.
-    let alone = Cache::new(members.len() as u64);
-    let head = parts.checker.progress.lease_position();
-    let epoch = alone.begin_epoch(head);
-    before = after;
-    for member in members {
-        let entry = parts
-            .checker
-            .cache
-            .get(member)
-            .ok_or("a member is not cached")?;
-        alone.insert(*member, unshared(&entry.permissions), entry.head, epoch);
-    }
-    sleep(SETTLE).await;
-    after = resident_bytes()?;
-    ask("each by a miss of its own", after - before);
+    let bytes = resident_bytes()? - before;
+    section.ask(
+        "1,000,000 cached users",
+        bytes / 1e6,
+        Unit::Megabytes,
+        MEMORY_MB_MAX,
+    );
+    section.tell("a user", bytes / members.len() as f64, Unit::Bytes);
     section.tell("the warm start took", took, Unit::Seconds);
     Ok(parts)
-}
-
-fn unshared(shared: &SubjectPermissions) -> SubjectPermissions {
-    let membership = shared.membership.as_ref().map(|membership| {
-        let min_roles: Vec<Arc<str>> = (membership.min_roles.iter())
-            .map(|role| Arc::from(&**role))
-            .collect();
-        let same = min_roles.iter().find(|role| **role == membership.role);
-        Membership {
-            role: same.map_or_else(|| Arc::from(&*membership.role), Arc::clone),
-            decided: membership.decided.clone(),
-            min_roles: min_roles.into(),
-        }
-    });
-    SubjectPermissions {
-        catalog: Arc::clone(&shared.catalog),
-        membership,
-    }
 }
 
 fn resident_bytes() -> Result<f64> {

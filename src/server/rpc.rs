@@ -37,7 +37,6 @@ use crate::{
         gate::GateLayer,
         limit::{CallerLayer, DeadlineLayer, DoorLayer},
         observe::ObserveLayer,
-        permission_service::PermissionService,
         v1,
     },
     http::Services,
@@ -58,7 +57,7 @@ const NAME_REQUEST_BYTES_MAX: usize = 4 << 10;
 pub(super) fn grpc_routes(
     services: &Services,
     health: HealthServer<impl Health>,
-) -> Result<Routes, ServeError> {
+) -> Result<Direct<Routes>, ServeError> {
     let routes = Routes::new(health.max_decoding_message_size(NAME_REQUEST_BYTES_MAX))
         .add_service(
             tonic_reflection::server::Builder::configure()
@@ -86,12 +85,14 @@ pub(super) fn grpc_routes(
                 .accept_compressed(CompressionEncoding::Gzip)
                 .send_compressed(CompressionEncoding::Gzip),
         );
-    Ok(routes)
+    Ok(Direct::new(
+        Arc::clone(&services.permissions),
+        routes.prepare(),
+    ))
 }
 
 pub(super) async fn serve_grpc(
-    routes: Routes,
-    permissions: Arc<PermissionService>,
+    routes: Direct<Routes>,
     authenticator: Arc<Authenticator>,
     limits: Arc<Limits>,
     observe: ObserveLayer,
@@ -107,7 +108,7 @@ pub(super) async fn serve_grpc(
         .layer(DeadlineLayer(Arc::clone(&limits)))
         .layer(GateLayer(authenticator, Arc::clone(&limits)))
         .layer(CallerLayer(limits))
-        .service(Direct::new(permissions, routes.prepare()));
+        .service(routes);
     drive(acceptor, stop, |io, stops| {
         connection(calls.clone(), io, connections.clone(), stops)
     })

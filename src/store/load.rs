@@ -1,6 +1,9 @@
 //! What PostgreSQL says of a set of subjects, in one statement and hence one snapshot.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use tokio::task::yield_now;
 use tokio_postgres::Row;
@@ -15,6 +18,9 @@ use crate::model::{
 /// Subjects that are decoded, or cached, before others' calls get their turn: each takes microseconds, and a statement may
 /// have ten thousand.
 pub const SUBJECTS_A_TURN: usize = 16;
+
+/// Different memberships before those that nobody has are forgotten: a few megabytes.
+const MEMBERSHIPS_KEPT: usize = 4_096;
 
 /// What one load found: every subject that was asked for, and the head of its snapshot.
 pub struct Loaded {
@@ -109,7 +115,7 @@ impl Store {
             .ok_or_else(|| StoreError::Wrong("a load without its first row".to_owned()))?;
         refuse_standby(header, 11)?;
         let catalog = self.decode_catalog(header)?;
-        let mut loaded = decode_members(&catalog, members).await?;
+        let mut loaded = decode_members(&catalog, members, &self.memberships).await?;
         for subject in subjects {
             loaded
                 .entry(*subject)
@@ -251,14 +257,17 @@ pub(super) fn decode_reason(name: &str) -> Result<Reason, StoreError> {
 async fn decode_members(
     catalog: &Arc<Catalog>,
     rows: &[Row],
+    memberships: &Mutex<Memberships>,
 ) -> Result<HashMap<Subject, SubjectPermissions>, StoreError> {
-    let mut names = Names::default();
     let mut members = HashMap::with_capacity(rows.len());
     for rows in rows.chunks(SUBJECTS_A_TURN) {
         for row in rows {
+            let membership = decode_membership(catalog, row)?;
+            // Nothing panics under the lock.
+            let mut memberships = memberships.lock().unwrap_or_else(PoisonError::into_inner);
             let permissions = SubjectPermissions {
                 catalog: Arc::clone(catalog),
-                membership: Some(decode_membership(catalog, row, &mut names)?),
+                membership: Some(memberships.share(membership)),
             };
             members.insert(decode_subject(row)?, permissions);
         }
@@ -268,17 +277,13 @@ async fn decode_members(
 }
 
 /// Puts a member's rows into the catalog's order; each permission of the catalog must be there exactly once.
-fn decode_membership(
-    catalog: &Catalog,
-    row: &Row,
-    names: &mut Names,
-) -> Result<Membership, StoreError> {
+fn decode_membership(catalog: &Catalog, row: &Row) -> Result<Membership, StoreError> {
     let keys: Vec<Option<&str>> = row.try_get::<_, Option<_>>(3)?.unwrap_or_default();
     let reasons: Vec<Option<&str>> = row.try_get::<_, Option<_>>(4)?.unwrap_or_default();
     let min_roles: Vec<Option<&str>> = row.try_get::<_, Option<_>>(5)?.unwrap_or_default();
     let enabled: Vec<Option<bool>> = row.try_get::<_, Option<_>>(6)?.unwrap_or_default();
     let mut decided: Vec<Option<DecidedPermission>> = vec![None; catalog.permissions().len()];
-    let mut distinct_roles: Vec<Arc<str>> = Vec::new();
+    let mut distinct_roles: Vec<Box<str>> = Vec::new();
     for (((key, reason), min_role), enabled) in
         keys.iter().zip(&reasons).zip(&min_roles).zip(&enabled)
     {
@@ -296,7 +301,7 @@ fn decode_membership(
             .iter()
             .position(|role| **role == *min_role)
             .unwrap_or_else(|| {
-                distinct_roles.push(names.intern(min_role));
+                distinct_roles.push(min_role.into());
                 distinct_roles.len() - 1
             });
         decided[index] = Some(DecidedPermission {
@@ -313,35 +318,57 @@ fn decode_membership(
             StoreError::Wrong("a permission of the catalog is not decided".to_owned())
         })?;
     Ok(Membership {
-        role: names.intern(row.try_get::<_, Option<&str>>(2)?.unwrap_or_default()),
+        role: row
+            .try_get::<_, Option<&str>>(2)?
+            .unwrap_or_default()
+            .into(),
         decided,
-        min_roles: names.intern_list(distinct_roles),
+        min_roles: distinct_roles.into(),
     })
 }
 
-/// Shares the few role names, and lists of them, among the many members of one load.
+/// What members have alike, however they were loaded: an organization has about as many different memberships as the ladder
+/// has roles.
 #[derive(Default)]
-struct Names {
-    names: Vec<Arc<str>>,
-    lists: Vec<Arc<[Arc<str>]>>,
+pub(super) struct Memberships {
+    known: HashSet<Arc<Membership>>,
+    forget_above: usize,
 }
 
-impl Names {
-    fn intern(&mut self, name: &str) -> Arc<str> {
-        if let Some(known) = self.names.iter().find(|known| ***known == *name) {
+impl Memberships {
+    /// The one that is known already, if this is like it.
+    fn share(&mut self, membership: Membership) -> Arc<Membership> {
+        if let Some(known) = self.known.get(&membership) {
             return Arc::clone(known);
         }
-        let new: Arc<str> = name.into();
-        self.names.push(Arc::clone(&new));
+        if self.known.len() >= self.forget_above {
+            // Those that no entry has any more.
+            self.known.retain(|known| Arc::strong_count(known) > 1);
+            self.forget_above = MEMBERSHIPS_KEPT.max(2 * self.known.len());
+        }
+        let new = Arc::new(membership);
+        self.known.insert(Arc::clone(&new));
         new
     }
+}
 
-    fn intern_list(&mut self, list: Vec<Arc<str>>) -> Arc<[Arc<str>]> {
-        if let Some(known) = self.lists.iter().find(|known| ***known == *list) {
-            return Arc::clone(known);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memberships_that_are_alike_are_one_and_those_of_nobody_are_forgotten() {
+        let of = |role: usize| Membership {
+            role: role.to_string().into(),
+            ..Membership::default()
+        };
+        let mut memberships = Memberships::default();
+        let first = memberships.share(of(0));
+        assert!(Arc::ptr_eq(&first, &memberships.share(of(0))));
+        for role in 0..10 * MEMBERSHIPS_KEPT {
+            memberships.share(of(role));
+            assert!(memberships.known.len() <= MEMBERSHIPS_KEPT);
         }
-        let new: Arc<[Arc<str>]> = list.into();
-        self.lists.push(Arc::clone(&new));
-        new
+        assert!(Arc::ptr_eq(&first, &memberships.share(of(0))));
     }
 }

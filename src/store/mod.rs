@@ -20,7 +20,12 @@ mod tls;
 mod uninstall;
 pub mod upkeep;
 
-use std::{fmt, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use thiserror::Error;
@@ -33,6 +38,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::task::AbortOnDropHandle;
 
 use self::{
+    load::Memberships,
     pool::Connections,
     timings::{Question, Timings},
 };
@@ -274,6 +280,8 @@ pub struct Store {
     pub audit_tail: Connections,
     /// The catalog that was decoded last, shared by all entries while it does not change.
     catalog: ArcSwap<crate::model::Catalog>,
+    /// As of the catalog: one for all entries that are alike.
+    memberships: Mutex<Memberships>,
     pub timings: Arc<Timings>,
 }
 
@@ -292,6 +300,7 @@ impl Store {
             audits: pool(AUDIT_CONNECTIONS_MAX)?,
             audit_tail: pool(1)?,
             catalog: ArcSwap::default(),
+            memberships: Mutex::default(),
             timings,
         })
     }

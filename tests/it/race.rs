@@ -40,11 +40,10 @@ fn subject(organization: u64, user: u64) -> Subject {
 fn found_at(head: i64) -> SubjectPermissions {
     SubjectPermissions {
         catalog: Arc::new(Catalog::default()),
-        membership: Some(Membership {
+        membership: Some(Arc::new(Membership {
             role: head.to_string().into(),
-            decided: Box::default(),
-            min_roles: Arc::new([]),
-        }),
+            ..Membership::default()
+        })),
     }
 }
 

@@ -69,6 +69,10 @@ async fn lags(
             message = stream.message() => message?,
             _ = end.changed() => return Ok(lags),
         };
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "beside commits, whose time the database has from the same clock"
+        )]
         let now = SystemTime::now();
         let Some(Event::Entries(entries)) = message.and_then(|message| message.event) else {
             continue;

@@ -166,7 +166,7 @@ impl Bench<'_> {
                     ),
                 );
             }
-            None => say("service", format!("{}", self.target.client.endpoint)),
+            None => say("service", self.target.client.endpoint.clone()),
         }
         say(
             "load",

@@ -82,21 +82,28 @@ impl Serve {
     pub(super) fn limits(&self) -> Bounds {
         Bounds::from(&self.settings.limits)
     }
-}
 
-impl Serve {
+    /// Whether the service could start with these settings, as far as they say it themselves.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        self.settings.check().map_err(Error::msg)?;
+        parse_url("--database-url", self.database.database_url.as_ref())?;
+        parse_url("--feed-database-url", self.feed_database_url.as_ref())?;
+        parse_url("--admin-database-url", self.admin_database_url.as_ref())?;
+        Ok(())
+    }
+
     pub(super) async fn run(self, parsed: Parsed) -> anyhow::Result<ExitCode> {
         if self.print_config {
             answer(&settings::print(&parsed))?;
-            self.settings.check().map_err(Error::msg)?;
+            self.check()?;
             return Ok(ExitCode::SUCCESS);
         }
         reload::survive_hangups()?;
         let mut interrupted = pin!(interrupted()?);
-        self.settings.check().map_err(Error::msg)?;
+        self.check()?;
         let logins = OtherLogins {
-            feed: parse_url("--feed-database-url", self.feed_database_url)?,
-            admin: parse_url("--admin-database-url", self.admin_database_url)?,
+            feed: parse_url("--feed-database-url", self.feed_database_url.as_ref())?,
+            admin: parse_url("--admin-database-url", self.admin_database_url.as_ref())?,
         };
         let entrance = Entrance::open(&self.settings).await?;
         let database = tokio::select! {
@@ -145,7 +152,7 @@ pub(super) struct OtherLogins {
     admin: Option<DatabaseUrl>,
 }
 
-fn parse_url(flag: &str, url: Option<Secret>) -> anyhow::Result<Option<DatabaseUrl>> {
+fn parse_url(flag: &str, url: Option<&Secret>) -> anyhow::Result<Option<DatabaseUrl>> {
     let url = url.map(|url| url.0.parse()).transpose();
     url.map_err(|error: String| anyhow!("{flag}: {error}"))
 }

@@ -60,8 +60,9 @@ use crate::{
     http::{self, Services},
     limits::{Bounds, Limits},
     loader::Loader,
+    model::BootTime,
     selfcheck,
-    store::{DatabaseUrl, Store, StoreError},
+    store::{DatabaseUrl, Store, StoreError, samples::Sample},
     telemetry::{Metrics, Observed, Reading, Telemetry, otlp::Export},
     traces::{self, EndpointError, Traces},
     upkeep,
@@ -222,11 +223,6 @@ pub async fn run(
     let observed = Observed::default();
     let traces = Arc::new(Traces::new(&config.traces)?);
     let (samples, sampled) = watch::channel(None);
-    background.spawn(upkeep::sample(
-        config.database.clone(),
-        config.sample_interval,
-        samples,
-    ));
     let metrics = Metrics::new(Telemetry {
         checker: Arc::clone(&checker),
         limits: Arc::clone(&limits),
@@ -297,7 +293,7 @@ pub async fn run(
     }));
     let watched = async {
         prepare(&config, &checker.store).await?;
-        let ready = spawn_background(&config, &checker, &mut background);
+        let ready = spawn_background(&config, &checker, samples, &mut background);
         let serving = async {
             wait_until_ready(&config, &checker, ready).await;
             watch_health(&checker, &health, &known, on_ready).await
@@ -380,10 +376,17 @@ async fn report(health: &HealthReporter, status: ServingStatus) {
 fn spawn_background(
     config: &Config,
     checker: &Arc<Checker>,
+    samples: watch::Sender<Option<(Sample, BootTime)>>,
     background: &mut JoinSet<()>,
 ) -> Readiness {
     let (has_inspected, inspected) = watch::channel(false);
     let (has_warmed, warmed) = watch::channel(false);
+    // Not before the inspection: a database that is sampled and a log that is not believed are an alarm.
+    background.spawn(upkeep::sample(
+        config.database.clone(),
+        config.sample_interval,
+        samples,
+    ));
     background.spawn(upkeep::inspect(
         config.database.clone(),
         config.inspection_interval,

@@ -246,9 +246,9 @@ pub async fn run(
         background.spawn(Arc::clone(tls).follow());
     }
     let slots = Slots::new(&config.connections);
-    let acceptor = |listener, tls: &Option<Arc<Tls>>| {
+    let acceptor = |listener, tls: &Option<Arc<Tls>>, slots: &Arc<Slots>| {
         let (tls, connections) = (tls.clone(), config.connections.clone());
-        Acceptor::new(listener, tls, connections, Arc::clone(&slots))
+        Acceptor::new(listener, tls, connections, Arc::clone(slots))
     };
     let grpc = rpc::serve_grpc(
         routes,
@@ -260,7 +260,7 @@ pub async fn run(
             GRPC_OUTCOMES,
             Arc::clone(&traces),
         ),
-        acceptor(listeners.grpc, &config.tls),
+        acceptor(listeners.grpc, &config.tls, &slots),
         config.connections.clone(),
         stop.clone().cancelled_owned(),
     );
@@ -274,7 +274,7 @@ pub async fn run(
     let http = listeners.http.map(|listener| {
         web::serve(
             http::router(services, entrance(&listener), &config.http),
-            acceptor(listener, &config.http_tls),
+            acceptor(listener, &config.http_tls, &slots),
             config.connections.clone(),
             stop.clone().cancelled_owned(),
         )
@@ -283,7 +283,7 @@ pub async fn run(
     if let Some(listener) = listeners.ops {
         background.spawn(web::serve(
             http::ops_router(metrics, is_known, entrance(&listener)),
-            acceptor(listener, &config.http_tls),
+            acceptor(listener, &config.http_tls, &Slots::of_operators()),
             config.connections.clone(),
             pending(),
         ));

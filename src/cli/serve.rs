@@ -38,13 +38,15 @@ use crate::{
     selfcheck::SAMPLE_EVERY,
     server::{
         self, Config, Connections, Listener, Listeners, Tls, TlsFiles,
+        connections::OPS_CONNECTIONS_MAX,
         tls::{HTTP1, HTTP2, TlsError},
     },
     store::DatabaseUrl,
 };
 
-/// File descriptors for all but connections: some dozens to the database, listeners, and as many again.
-const DESCRIPTORS_BESIDES: usize = 200;
+/// File descriptors for all but callers' connections: some dozens to the database, listeners, and as many again; and
+/// the operators' connections.
+const DESCRIPTORS_BESIDES: usize = 200 + OPS_CONNECTIONS_MAX;
 
 /// Serve permission checks until interrupted
 #[derive(Debug, clap::Args)]

@@ -1,7 +1,8 @@
 //! Counts every call: that it began, what it ended with, how long it took; and hands it to [`Traces`] when it has ended.
 //! Outside of all other layers, so that nothing is refused unseen.
 //!
-//! Invariant: a call that began ends once, however it ends; one whose caller went away ended cancelled.
+//! Invariant: a call that began ends once, however it ends; one whose caller went away ended cancelled, and one that
+//! panicked as a defect.
 
 use std::{
     pin::Pin,
@@ -31,6 +32,8 @@ pub struct Outcomes {
     good: usize,
     /// Of a call whose caller went away.
     cancelled: usize,
+    /// Of a call that panicked.
+    panicked: usize,
     /// What an answer, or its trailers, say that is not `good`.
     other: fn(StatusCode, &HeaderMap) -> Option<usize>,
     /// What an outcome is to a trace.
@@ -42,6 +45,7 @@ pub const GRPC_OUTCOMES: Outcomes = Outcomes {
     count: 17,
     good: Code::Ok as usize,
     cancelled: Code::Cancelled as usize,
+    panicked: Code::Internal as usize,
     other: |_, headers| {
         let code = headers.get(Status::GRPC_STATUS)?;
         Some(Code::from_bytes(code.as_bytes()) as usize)
@@ -55,11 +59,15 @@ pub const HTTP_STATUSES: [&str; 24] = [
     "410", "412", "413", "415", "421", "422", "429", "500", "503", "504", "other",
 ];
 
+/// The place of 500 in [`HTTP_STATUSES`].
+const HTTP_INTERNAL: usize = 20;
+
 /// Statuses of HTTP, each by its place in [`HTTP_STATUSES`].
 pub const HTTP_OUTCOMES: Outcomes = Outcomes {
     count: HTTP_STATUSES.len(),
     good: 0,
     cancelled: 1,
+    panicked: HTTP_INTERNAL,
     other: |status, _| {
         let status = status.as_str();
         let known = HTTP_STATUSES.iter().position(|known| *known == status);
@@ -107,6 +115,21 @@ struct Call {
     /// `None` where nothing is told of the call.
     begun: Option<Begun>,
     trail: Option<Trail>,
+}
+
+impl Call {
+    /// Works on the call. A panic leaves it panicked: what is dropped later than it unwinds could not tell.
+    fn work<T>(&mut self, work: impl FnOnce(&mut Option<Trail>) -> T) -> T {
+        let Outcomes {
+            panicked,
+            cancelled,
+            ..
+        } = self.observer.outcomes;
+        self.outcome = panicked;
+        let done = work(&mut self.trail);
+        self.outcome = cancelled;
+        done
+    }
 }
 
 impl Drop for Call {
@@ -190,7 +213,7 @@ where
         };
         Observed {
             is_whole: method.answer == Answer::Message,
-            answer: trail::within(&mut call.trail, || self.inner.call(request)),
+            answer: call.work(|trail| trail::within(trail, || self.inner.call(request))),
             outcomes: *outcomes,
             call: Some(call),
         }
@@ -206,7 +229,7 @@ where
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let answer = match this.call {
-            Some(call) => trail::within(&mut call.trail, || this.answer.poll(context)),
+            Some(call) => call.work(|trail| trail::within(trail, || this.answer.poll(context))),
             None => this.answer.poll(context),
         };
         let answer = ready!(answer);
@@ -247,10 +270,10 @@ impl<A: Body> Body for Counted<A> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<A::Data>, A::Error>>> {
         let this = self.project();
-        let polled = this.messages.poll_frame(context);
         let Some(call) = this.call else {
-            return polled;
+            return this.messages.poll_frame(context);
         };
+        let polled = call.work(|_| this.messages.poll_frame(context));
         match &polled {
             Poll::Ready(None) => {
                 call.outcome = this.outcomes.good;

@@ -7,21 +7,32 @@ use std::{
     pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
+use futures_util::future::join_all;
 use hallpass::{
     auth::access::ACCESS,
     counters::Calls,
     grpc::observe::{GRPC_OUTCOMES, HTTP_OUTCOMES, HTTP_STATUSES, ObserveLayer, Outcomes},
     traces::Traces,
 };
-use hallpass_client::tonic::Code;
+use hallpass_client::tonic::{Code, IntoRequest};
 use http::{Request, Response};
 use http_body::{Body, Frame};
 use prost::bytes::Bytes;
+use tokio::time::timeout;
 use tower::{Layer, Service, service_fn};
 
-use crate::server::config;
+use crate::{
+    database::{Database, eventually},
+    deadlines::TableLock,
+    ops::Scrape,
+    server::{APPROVE, Server, config, fill, now, question},
+};
+
+/// Much longer than a burst of calls is on its way on a busy machine.
+const DEADLINE: Duration = Duration::from_secs(2);
 
 /// Of all methods one whose messages are part of the call.
 const STREAM: &str = "/hallpass.v1.AuditService/StreamAuditEntries";
@@ -120,4 +131,38 @@ async fn a_call_that_panics_is_counted_as_a_defect() {
             }
         }
     }
+}
+
+/// The caller's clock and ours end a call at about the same time, and it is chance whose is first.
+#[tokio::test]
+async fn a_call_that_its_caller_gives_up_at_its_deadline_is_counted_as_too_late() {
+    const CALLS: u32 = 100;
+    let database = Database::create().await;
+    fill(&database.client().await).await;
+    let server = Server::start(config(&database.url)).await;
+    let lock = TableLock::take(&database, "public.profiles").await;
+    let handled = async |code: &str| {
+        let method =
+            r#"grpc_service="hallpass.v1.PermissionService",grpc_method="CheckPermission""#;
+        let sample = format!(r#"grpc_server_handled_total{{{method},grpc_code="{code}"}}"#);
+        Scrape::of(&server).await.value(&sample)
+    };
+    let calls = (0..CALLS).map(async |_| {
+        let mut request = now(question("lincoln", "stranger", APPROVE)).into_request();
+        request.set_timeout(DEADLINE);
+        server.try_check(request).await.unwrap_err()
+    });
+    join_all(calls).await;
+    // Who leaves long before has given up.
+    let mut patient = now(question("lincoln", "stranger", APPROVE)).into_request();
+    patient.set_timeout(Duration::from_secs(3_600));
+    drop(timeout(DEADLINE, server.try_check(patient)).await);
+    eventually("all calls have ended", async || {
+        handled("DeadlineExceeded").await + handled("Canceled").await >= f64::from(CALLS + 1)
+    })
+    .await;
+    let cancelled = handled("Canceled").await;
+    assert!((cancelled - 1.0).abs() < 1e-9, "{cancelled}");
+    lock.release();
+    server.stop().await;
 }

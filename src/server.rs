@@ -60,8 +60,9 @@ use crate::{
     http::{self, Services},
     limits::{Bounds, Limits},
     loader::Loader,
+    model::BootTime,
     selfcheck,
-    store::{DatabaseUrl, Store, StoreError},
+    store::{DatabaseUrl, Store, StoreError, samples::Sample},
     telemetry::{Metrics, Observed, Reading, Telemetry, otlp::Export},
     traces::{self, EndpointError, Traces},
     upkeep,
@@ -222,11 +223,6 @@ pub async fn run(
     let observed = Observed::default();
     let traces = Arc::new(Traces::new(&config.traces)?);
     let (samples, sampled) = watch::channel(None);
-    background.spawn(upkeep::sample(
-        config.database.clone(),
-        config.sample_interval,
-        samples,
-    ));
     let metrics = Metrics::new(Telemetry {
         checker: Arc::clone(&checker),
         limits: Arc::clone(&limits),
@@ -250,9 +246,9 @@ pub async fn run(
         background.spawn(Arc::clone(tls).follow());
     }
     let slots = Slots::new(&config.connections);
-    let acceptor = |listener, tls: &Option<Arc<Tls>>| {
+    let acceptor = |listener, tls: &Option<Arc<Tls>>, slots: &Arc<Slots>| {
         let (tls, connections) = (tls.clone(), config.connections.clone());
-        Acceptor::new(listener, tls, connections, Arc::clone(&slots))
+        Acceptor::new(listener, tls, connections, Arc::clone(slots))
     };
     let grpc = rpc::serve_grpc(
         routes,
@@ -263,7 +259,7 @@ pub async fn run(
             GRPC_OUTCOMES,
             Arc::clone(&traces),
         ),
-        acceptor(listeners.grpc, &config.tls),
+        acceptor(listeners.grpc, &config.tls, &slots),
         config.connections.clone(),
         stop.clone().cancelled_owned(),
     );
@@ -277,7 +273,7 @@ pub async fn run(
     let http = listeners.http.map(|listener| {
         web::serve(
             http::router(services, entrance(&listener), &config.http),
-            acceptor(listener, &config.http_tls),
+            acceptor(listener, &config.http_tls, &slots),
             config.connections.clone(),
             stop.clone().cancelled_owned(),
         )
@@ -286,7 +282,7 @@ pub async fn run(
     if let Some(listener) = listeners.ops {
         background.spawn(web::serve(
             http::ops_router(metrics, is_known, entrance(&listener)),
-            acceptor(listener, &config.http_tls),
+            acceptor(listener, &config.http_tls, &Slots::of_operators()),
             config.connections.clone(),
             pending(),
         ));
@@ -296,7 +292,7 @@ pub async fn run(
     }));
     let watched = async {
         prepare(&config, &checker.store).await?;
-        let ready = spawn_background(&config, &checker, &mut background);
+        let ready = spawn_background(&config, &checker, samples, &mut background);
         let serving = async {
             wait_until_ready(&config, &checker, ready).await;
             watch_health(&checker, &health, &known, on_ready).await
@@ -379,10 +375,17 @@ async fn report(health: &HealthReporter, status: ServingStatus) {
 fn spawn_background(
     config: &Config,
     checker: &Arc<Checker>,
+    samples: watch::Sender<Option<(Sample, BootTime)>>,
     background: &mut JoinSet<()>,
 ) -> Readiness {
     let (has_inspected, inspected) = watch::channel(false);
     let (has_warmed, warmed) = watch::channel(false);
+    // Not before the inspection: a database that is sampled and a log that is not believed are an alarm.
+    background.spawn(upkeep::sample(
+        config.database.clone(),
+        config.sample_interval,
+        samples,
+    ));
     background.spawn(upkeep::inspect(
         config.database.clone(),
         config.inspection_interval,

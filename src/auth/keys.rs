@@ -2,7 +2,8 @@
 //!
 //! Invariant: a key that was revoked is refused from the staleness bound after on, wherever the database can be reached.
 //! Memory dates from before the poll that found it current was sent. Past the bound it is believed only after the
-//! database was found to be away, and up to the staleness ceiling, when no answer from the cache is given any more.
+//! database was found to be away, and up to the staleness ceiling, when no answer from the cache is given any more; for
+//! metrics, which no answer is taken from, as long as the database is away: they are there for an outage above all.
 
 mod follow;
 
@@ -21,7 +22,8 @@ use futures_util::future::FutureExt;
 use tokio::{sync::watch, time::timeout};
 
 use super::{
-    AuthError, Authentication, Caller, Identity, Organizations,
+    AuthError, Authentication, Caller, Identity, Organizations, Scope,
+    access::Need,
     api_key::{ApiKey, KeyId, Pepper, Verifier},
 };
 use crate::{
@@ -107,9 +109,10 @@ impl ApiKeys {
         }))
     }
 
-    /// Whose key this is: from memory where that may be believed, else once the database has been heard of.
+    /// Whose key this is: from memory where that may be believed for a call with this need, else once the database has
+    /// been heard of.
     #[must_use]
-    pub fn authenticate(&self, credential: &str) -> Authentication {
+    pub fn authenticate(&self, credential: &str, need: Need) -> Authentication {
         let Some(sent) = ApiKey::parse(credential) else {
             return Authentication::Known(Err(AuthError::Invalid));
         };
@@ -127,8 +130,9 @@ impl ApiKeys {
             Some(_) => {
                 // In an outage the last look has decided, for everybody.
                 let outcome = *self.0.outcome.borrow();
-                self.answer_after(outcome, &sent, arrived).map_or_else(
-                    || Authentication::Pending(self.clone().confirm(sent, arrived).boxed()),
+                let answer = self.answer_after(outcome, &sent, need, arrived);
+                answer.map_or_else(
+                    || Authentication::Pending(self.clone().confirm(sent, need, arrived).boxed()),
                     Authentication::Known,
                 )
             }
@@ -136,13 +140,18 @@ impl ApiKeys {
     }
 
     /// Whose key this is, now that memory is too old to be believed by itself.
-    async fn confirm(self, sent: ApiKey, arrived: BootTime) -> Result<Arc<Caller>, AuthError> {
+    async fn confirm(
+        self,
+        sent: ApiKey,
+        need: Need,
+        arrived: BootTime,
+    ) -> Result<Arc<Caller>, AuthError> {
         // Listens before it looks.
         let mut outcomes = self.0.outcome.subscribe();
         let answer = async {
             loop {
                 let outcome = *outcomes.borrow_and_update();
-                if let Some(answer) = self.answer_after(outcome, &sent, arrived) {
+                if let Some(answer) = self.answer_after(outcome, &sent, need, arrived) {
                     return answer;
                 }
                 if outcomes.changed().await.is_err() {
@@ -160,13 +169,16 @@ impl ApiKeys {
         &self,
         outcome: Outcome,
         sent: &ApiKey,
+        need: Need,
         arrived: BootTime,
     ) -> Option<Result<Arc<Caller>, AuthError>> {
         let known = self.0.known.load();
         let known = known.as_deref()?;
         let now = BootTime::now();
+        let outlasts_outages = need == Need::Scope(Scope::Metrics);
         let is_believed = known.is_within(self.0.timing.staleness_bound, arrived)
-            || (outcome == Outcome::Away && known.is_within(self.0.timing.staleness_ceiling, now));
+            || (outcome == Outcome::Away
+                && (outlasts_outages || known.is_within(self.0.timing.staleness_ceiling, now)));
         match known.key(sent, &self.0.decoy) {
             Some(key) if is_believed => Some(known.admit(key, now)),
             None if is_believed => Some(Err(AuthError::Invalid)),

@@ -24,6 +24,7 @@ use http::{HeaderMap, header::AUTHORIZATION};
 use thiserror::Error;
 
 use self::{
+    access::Need,
     api_key::PREFIX,
     certificates::Certificates,
     keys::ApiKeys,
@@ -381,10 +382,10 @@ impl Authenticator {
         self.tokens.as_ref()
     }
 
-    /// Finds out who calls.
+    /// Finds out who makes a call with this need. Whether the caller has what is needed is [`Need::opens_to`]'s to say.
     #[must_use]
-    pub fn authenticate(&self, headers: &HeaderMap, peer: &Peer) -> Authentication {
-        self.authenticate_by(bearer(headers), peer)
+    pub fn authenticate(&self, headers: &HeaderMap, peer: &Peer, need: Need) -> Authentication {
+        self.authenticate_by(bearer(headers), peer, need)
     }
 
     /// As [`Authenticator::authenticate`], by what [`bearer`] has found.
@@ -392,6 +393,7 @@ impl Authenticator {
         &self,
         credential: Result<Option<&str>, AuthError>,
         peer: &Peer,
+        need: Need,
     ) -> Authentication {
         let credential = match credential {
             _ if self.is_open => return Authentication::Known(Ok(Caller::anyone())),
@@ -400,7 +402,7 @@ impl Authenticator {
         };
         let known = match credential {
             Some(key) if key.starts_with(PREFIX) => match &self.keys {
-                Some(keys) => return keys.authenticate(key),
+                Some(keys) => return keys.authenticate(key, need),
                 None => Err(AuthError::Invalid),
             },
             Some(token) => match &self.tokens {

@@ -75,8 +75,8 @@ impl Standing {
     }
 
     async fn look(&self) -> Result<(), Lost> {
-        let found =
-            (self.authenticator).authenticate_by(Ok(self.credential.as_deref()), &self.peer);
+        let credential = Ok(self.credential.as_deref());
+        let found = (self.authenticator).authenticate_by(credential, &self.peer, self.need);
         let found = match found {
             // Whoever sent it has been let in by it: no stranger's work.
             Authentication::Unverified(token) => token.verify(),

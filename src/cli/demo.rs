@@ -45,10 +45,15 @@ impl Demo {
         Bounds::from(&self.settings.limits)
     }
 
+    /// As that of `serve`.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        self.settings.check().map_err(Error::msg)
+    }
+
     pub(super) async fn run(self, parsed: Parsed) -> anyhow::Result<ExitCode> {
         reload::survive_hangups()?;
         let mut interrupted = pin!(interrupted()?);
-        self.settings.check().map_err(Error::msg)?;
+        self.check()?;
         let entrance = Entrance::open(&self.settings).await?;
         let private = DatabaseSettings {
             database_url: None,

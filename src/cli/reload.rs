@@ -31,7 +31,7 @@ pub(super) fn at_each_hangup(
         let mut last = None;
         loop {
             let _ = hangups.recv().await;
-            match settings::parse(env::args_os()) {
+            match read() {
                 Ok((cli, anew)) => {
                     take(
                         &cli,
@@ -41,11 +41,7 @@ pub(super) fn at_each_hangup(
                     );
                     last = Some(anew);
                 }
-                Err(unusable) => {
-                    let complaint = match unusable {
-                        Unusable::Line(error) => error.to_string(),
-                        Unusable::Settings(complaints) => complaints.to_string(),
-                    };
+                Err(complaint) => {
                     for line in complaint.lines().map(str::trim) {
                         tracing::error!("settings are not reloaded: {line}");
                     }
@@ -53,6 +49,22 @@ pub(super) fn at_each_hangup(
             }
         }
     })
+}
+
+/// The settings as they are now, if the service could start with them; else what is wrong.
+fn read() -> Result<(Cli, Parsed), String> {
+    let (cli, parsed) = settings::parse(env::args_os()).map_err(|unusable| match unusable {
+        Unusable::Line(error) => error.to_string(),
+        Unusable::Settings(complaints) => complaints.to_string(),
+    })?;
+    let checked = match &cli.command {
+        Command::Serve(command) => command.check(),
+        Command::Demo(command) => command.check(),
+        _ => Ok(()),
+    };
+    // With its causes, as at a start.
+    checked.map_err(|error| format!("{error:#}"))?;
+    Ok((cli, parsed))
 }
 
 /// What can change is in force as it was read last, and all else as it was read first.

@@ -38,13 +38,15 @@ use crate::{
     selfcheck::SAMPLE_EVERY,
     server::{
         self, Config, Connections, Listener, Listeners, Tls, TlsFiles,
+        connections::OPS_CONNECTIONS_MAX,
         tls::{HTTP1, HTTP2, TlsError},
     },
     store::DatabaseUrl,
 };
 
-/// File descriptors for all but connections: some dozens to the database, listeners, and as many again.
-const DESCRIPTORS_BESIDES: usize = 200;
+/// File descriptors for all but callers' connections: some dozens to the database, listeners, and as many again; and
+/// the operators' connections.
+const DESCRIPTORS_BESIDES: usize = 200 + OPS_CONNECTIONS_MAX;
 
 /// Serve permission checks until interrupted
 #[derive(Debug, clap::Args)]
@@ -82,21 +84,28 @@ impl Serve {
     pub(super) fn limits(&self) -> Bounds {
         Bounds::from(&self.settings.limits)
     }
-}
 
-impl Serve {
+    /// Whether the service could start with these settings, as far as they say it themselves.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        self.settings.check().map_err(Error::msg)?;
+        parse_url("--database-url", self.database.database_url.as_ref())?;
+        parse_url("--feed-database-url", self.feed_database_url.as_ref())?;
+        parse_url("--admin-database-url", self.admin_database_url.as_ref())?;
+        Ok(())
+    }
+
     pub(super) async fn run(self, parsed: Parsed) -> anyhow::Result<ExitCode> {
         if self.print_config {
             answer(&settings::print(&parsed))?;
-            self.settings.check().map_err(Error::msg)?;
+            self.check()?;
             return Ok(ExitCode::SUCCESS);
         }
         reload::survive_hangups()?;
         let mut interrupted = pin!(interrupted()?);
-        self.settings.check().map_err(Error::msg)?;
+        self.check()?;
         let logins = OtherLogins {
-            feed: parse_url("--feed-database-url", self.feed_database_url)?,
-            admin: parse_url("--admin-database-url", self.admin_database_url)?,
+            feed: parse_url("--feed-database-url", self.feed_database_url.as_ref())?,
+            admin: parse_url("--admin-database-url", self.admin_database_url.as_ref())?,
         };
         let entrance = Entrance::open(&self.settings).await?;
         let database = tokio::select! {
@@ -145,7 +154,7 @@ pub(super) struct OtherLogins {
     admin: Option<DatabaseUrl>,
 }
 
-fn parse_url(flag: &str, url: Option<Secret>) -> anyhow::Result<Option<DatabaseUrl>> {
+fn parse_url(flag: &str, url: Option<&Secret>) -> anyhow::Result<Option<DatabaseUrl>> {
     let url = url.map(|url| url.0.parse()).transpose();
     url.map_err(|error: String| anyhow!("{flag}: {error}"))
 }

@@ -373,7 +373,12 @@ mod tests {
                 "postgresql:///d?host=/s&user=u&password=p",
                 "postgresql:///d?host=/s&user=u&password=***",
             ),
-            ("postgresql://u:p?w@h/d", "postgresql://u:***@h/d"),
+            ("postgresql://u:p?w@h/d", "postgresql://***"),
+            ("postgresql://h/d?user=u&password=p@q", "postgresql://***"),
+            (
+                "postgresql:///d?host=/s&user=u&password=p@q",
+                "postgresql://***",
+            ),
             (
                 "postgresql://u@h/d?pass%77ord=p",
                 "postgresql://u@h/d?pass%77ord=***",

@@ -80,7 +80,8 @@ where
         };
         let nobody = Peer::default();
         let peer = request.extensions().get::<Peer>().unwrap_or(&nobody);
-        let found = match self.authenticator.authenticate(request.headers(), peer) {
+        let (need, _) = row;
+        let found = match (self.authenticator).authenticate(request.headers(), peer, need) {
             Authentication::Unverified(token) => match self.verify(token, &request) {
                 Ok(found) => found,
                 Err(refusal) => return refuse(status::refused(refusal)),

@@ -4,7 +4,7 @@
 //! Invariant: a call gives its place back however it ends, and not before its answer is taken; what it came to is counted once, at the door, and the line that
 //! is logged of it holds nothing that the caller wrote but its identity, escaped.
 
-mod deadline;
+pub(super) mod deadline;
 mod held;
 
 use std::{

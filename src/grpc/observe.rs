@@ -1,13 +1,14 @@
 //! Counts every call: that it began, what it ended with, how long it took; and hands it to [`Traces`] when it has ended.
 //! Outside of all other layers, so that nothing is refused unseen.
 //!
-//! Invariant: a call that began ends once, however it ends; one whose caller went away ended cancelled.
+//! Invariant: a call that began ends once, however it ends; one whose caller went away ended cancelled, or too late where
+//! that was at its deadline; and one that panicked as a defect.
 
 use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use http::{HeaderMap, Request, Response, StatusCode};
@@ -16,6 +17,7 @@ use pin_project_lite::pin_project;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
+use super::limit::deadline;
 use crate::{
     auth::access::Answer,
     counters::Calls,
@@ -24,6 +26,10 @@ use crate::{
     trail::{self, Trail},
 };
 
+/// The caller's clock began before ours, by the call's way here: whoever leaves in the last tenth of its deadline leaves
+/// for that. Few leave then for another reason, and an error that is counted without cause is better than none.
+const LAST_PART: u32 = 10;
+
 /// What calls of a protocol can end with, by number.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcomes {
@@ -31,6 +37,10 @@ pub struct Outcomes {
     good: usize,
     /// Of a call whose caller went away.
     cancelled: usize,
+    /// Of a call whose caller went away at the deadline that it had given.
+    late: usize,
+    /// Of a call that panicked.
+    panicked: usize,
     /// What an answer, or its trailers, say that is not `good`.
     other: fn(StatusCode, &HeaderMap) -> Option<usize>,
     /// What an outcome is to a trace.
@@ -42,6 +52,8 @@ pub const GRPC_OUTCOMES: Outcomes = Outcomes {
     count: 17,
     good: Code::Ok as usize,
     cancelled: Code::Cancelled as usize,
+    late: Code::DeadlineExceeded as usize,
+    panicked: Code::Internal as usize,
     other: |_, headers| {
         let code = headers.get(Status::GRPC_STATUS)?;
         Some(Code::from_bytes(code.as_bytes()) as usize)
@@ -55,11 +67,19 @@ pub const HTTP_STATUSES: [&str; 24] = [
     "410", "412", "413", "415", "421", "422", "429", "500", "503", "504", "other",
 ];
 
+/// Places of 500 and 504 in [`HTTP_STATUSES`].
+const HTTP_INTERNAL: usize = 20;
+const HTTP_LATE: usize = 22;
+const _: () = assert!(matches!(HTTP_STATUSES[HTTP_INTERNAL].as_bytes(), b"500"));
+const _: () = assert!(matches!(HTTP_STATUSES[HTTP_LATE].as_bytes(), b"504"));
+
 /// Statuses of HTTP, each by its place in [`HTTP_STATUSES`].
 pub const HTTP_OUTCOMES: Outcomes = Outcomes {
     count: HTTP_STATUSES.len(),
     good: 0,
     cancelled: 1,
+    late: HTTP_LATE,
+    panicked: HTTP_INTERNAL,
     other: |status, _| {
         let status = status.as_str();
         let known = HTTP_STATUSES.iter().position(|known| *known == status);
@@ -104,9 +124,26 @@ struct Call {
     method: Method,
     outcome: usize,
     since: Instant,
+    /// The caller's own. Whether its clock or ours ends the call is chance, and it does not say why it left.
+    deadline: Option<Duration>,
     /// `None` where nothing is told of the call.
     begun: Option<Begun>,
     trail: Option<Trail>,
+}
+
+impl Call {
+    /// Works on the call. A panic leaves it panicked: what is dropped later than it unwinds could not tell.
+    fn work<T>(&mut self, work: impl FnOnce(&mut Option<Trail>) -> T) -> T {
+        let Outcomes {
+            panicked,
+            cancelled,
+            ..
+        } = self.observer.outcomes;
+        self.outcome = panicked;
+        let done = work(&mut self.trail);
+        self.outcome = cancelled;
+        done
+    }
 }
 
 impl Drop for Call {
@@ -117,11 +154,14 @@ impl Drop for Call {
             outcomes,
             traces,
         } = &*self.observer;
-        calls.ended(self.method.index, self.outcome, took);
+        let is_late = self.outcome == outcomes.cancelled
+            && (self.deadline).is_some_and(|deadline| took + deadline / LAST_PART >= deadline);
+        let outcome = if is_late { outcomes.late } else { self.outcome };
+        calls.ended(self.method.index, outcome, took);
         if let (Some(begun), Some(trail)) = (&self.begun, &self.trail) {
             let call = traces::Call {
                 method: self.method.name,
-                ending: (outcomes.ending)(self.outcome),
+                ending: (outcomes.ending)(outcome),
                 since: self.since,
                 took,
                 is_stream: self.method.answer != Answer::Message,
@@ -174,6 +214,7 @@ where
         } = &*self.observer;
         let method = Method::of(&request);
         calls.begun(method.index);
+        let deadline = deadline::asked_for(request.headers());
         // Probes and scrapes are many, and nobody follows them.
         let begun = match method.class {
             Class::Free => None,
@@ -185,12 +226,13 @@ where
             method,
             outcome: outcomes.cancelled,
             since: Instant::now(),
+            deadline,
             begun,
             trail,
         };
         Observed {
             is_whole: method.answer == Answer::Message,
-            answer: trail::within(&mut call.trail, || self.inner.call(request)),
+            answer: call.work(|trail| trail::within(trail, || self.inner.call(request))),
             outcomes: *outcomes,
             call: Some(call),
         }
@@ -206,7 +248,7 @@ where
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let answer = match this.call {
-            Some(call) => trail::within(&mut call.trail, || this.answer.poll(context)),
+            Some(call) => call.work(|trail| trail::within(trail, || this.answer.poll(context))),
             None => this.answer.poll(context),
         };
         let answer = ready!(answer);
@@ -247,10 +289,10 @@ impl<A: Body> Body for Counted<A> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<A::Data>, A::Error>>> {
         let this = self.project();
-        let polled = this.messages.poll_frame(context);
         let Some(call) = this.call else {
-            return polled;
+            return this.messages.poll_frame(context);
         };
+        let polled = call.work(|_| this.messages.poll_frame(context));
         match &polled {
             Poll::Ready(None) => {
                 call.outcome = this.outcomes.good;

@@ -235,7 +235,7 @@ impl Loss {
 
     fn reason(self) -> &'static str {
         match self {
-            Self::Full => "there are --connections-max",
+            Self::Full => "there are as many as may be (--connections-max)",
             Self::AddressFull => "there are --address-connections-max from its address",
             Self::Handshake => "the handshake failed",
             Self::SlowHandshake => "the handshake took too long",

@@ -21,6 +21,9 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// idle, a minute mostly: whoever sends ends a connection, or a request meets its end.
 const IDLE_MAX: Duration = Duration::from_secs(75);
 
+/// Connections of the operators' listener: a probe, a scrape and somebody who looks hold one each, and some are left open.
+pub const OPS_CONNECTIONS_MAX: usize = 64;
+
 /// Calls at once on one connection: as many as a busy client's pool has in flight, few enough to bound their buffers.
 pub(super) const STREAMS_A_CONNECTION_MAX: u32 = 1_000;
 
@@ -42,7 +45,7 @@ pub(super) const UNSEEN_RESETS_MAX: usize = 20;
 /// tonic is told a number it lifts hyper's bound (RUSTSEC-2024-0003).
 pub(super) const ERROR_RESETS_MAX: usize = 1_000;
 
-/// What connections may take; of all listeners together, where it is a number of them.
+/// What connections may take; where it is a number of them, of gRPC and HTTP together. Operators have their own number.
 #[derive(Clone, Debug)]
 pub struct Connections {
     pub connections_max: usize,

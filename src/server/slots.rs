@@ -8,10 +8,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::connections::Connections;
+use super::connections::{Connections, OPS_CONNECTIONS_MAX};
 use crate::limits::network;
 
-/// The bounds on connections, and what counts against them. All listeners share one.
+/// The bounds on connections, and what counts against them. The callers' listeners share one; the operators' has its own,
+/// so that whoever takes all of the callers' makes no probe fail.
 #[derive(Debug)]
 pub struct Slots {
     connections_max: usize,
@@ -46,6 +47,15 @@ impl Slots {
         Arc::new(Self {
             connections_max: connections.connections_max,
             address_connections_max: connections.address_connections_max,
+            taken: Mutex::default(),
+        })
+    }
+
+    /// The operators', of whom no address has a share.
+    pub(super) fn of_operators() -> Arc<Self> {
+        Arc::new(Self {
+            connections_max: OPS_CONNECTIONS_MAX,
+            address_connections_max: OPS_CONNECTIONS_MAX,
             taken: Mutex::default(),
         })
     }

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use hallpass::server::{Config, Connections};
+use hallpass::server::{Config, Connections, connections::OPS_CONNECTIONS_MAX};
 use hallpass_client::tonic::Code;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -17,6 +17,7 @@ use crate::{
     database::{Database, eventually},
     pki::{Authority, Files, Validity},
     server::{Server, config, connections, within},
+    web::Web,
 };
 
 /// How a client of HTTP/2 begins.
@@ -110,6 +111,37 @@ async fn connections_are_bounded_in_all_and_come_back() {
         .await;
         assert!(!is_served(&mut greet(&server).await).await);
     }
+}
+
+/// A flood, or clients that leave connections open, makes no probe fail; nor do operators keep callers out.
+#[tokio::test]
+async fn operators_have_connections_of_their_own() {
+    // One is the test's own.
+    let server = serve(Connections {
+        connections_max: 2,
+        ..connections()
+    })
+    .await;
+    let mut idle = greet(&server).await;
+    assert!(is_served(&mut idle).await);
+    let mut refused = TcpStream::connect(server.http).await.unwrap();
+    closed(&mut refused).await;
+    for path in ["/livez", "/readyz", "/metrics"] {
+        assert_eq!(Web::at(server.ops).get(path).await.status, 200, "{path}");
+    }
+
+    drop(idle);
+    let mut left_open = Vec::new();
+    // Those of the client that has just asked may be open still.
+    for _ in 0..OPS_CONNECTIONS_MAX {
+        left_open.push(TcpStream::connect(server.ops).await.unwrap());
+    }
+    let mut refused = TcpStream::connect(server.ops).await.unwrap();
+    closed(&mut refused).await;
+    eventually("a caller is served", async || {
+        is_served(&mut greet(&server).await).await
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use hallpass::auth::{
     Authentication, Authenticator, Identity, Peer,
+    access::Need,
     certificates::Certificates,
     grants::Grants,
     tokens::{KeySource, Pace, TokenRules, Tokens},
@@ -198,7 +199,7 @@ fn said(authenticator: &Authenticator, names: &[&str], credential: Option<&str>)
         address: None,
         certificate_names: names.iter().map(|name| Box::from(*name)).collect(),
     };
-    match authenticator.authenticate(&headers, &peer) {
+    match authenticator.authenticate(&headers, &peer, Need::Credential) {
         Authentication::Known(Ok(caller)) => {
             let scopes = caller.scopes.iter().map(|scope| scope.name());
             let words: Vec<String> = [caller.identity.to_string()]

@@ -17,6 +17,7 @@ use crate::{
     proxy::{Proxy, Way},
     server::{APPROVE, Server, bounds, fill, question},
     sql::run,
+    web::Web,
 };
 
 const UNAVAILABLE: &str = "CREDENTIALS_UNAVAILABLE";
@@ -76,6 +77,68 @@ async fn keys_are_believed_without_the_database_up_to_the_ceiling_and_no_longer(
     proxy.set(Way::Open);
     let (_, said) = while_said(&server, &key, UNAVAILABLE).await;
     assert_eq!(said, "CREDENTIAL_REVOKED");
+}
+
+/// What a scrape with this key comes to: `200 `, or the status and why.
+async fn scrape(server: &Server, key: &str) -> String {
+    let web = Web::at(server.ops).with("authorization", format!("Bearer {key}"));
+    web.get("/metrics").await.failed()
+}
+
+/// Metrics are there for an outage. Nobody is let in for them who was not let in before it, and nobody for anything else.
+#[tokio::test]
+async fn metrics_are_told_to_keys_that_were_good_for_as_long_as_the_database_is_away() {
+    let database = Database::create().await;
+    let make = async |made: Made| made.make(&database.url).await;
+    let expiring = Made {
+        valid_for: Some(Duration::from_secs(6)),
+        ..Made::default()
+    };
+    let of_checks = Made {
+        scopes: vec!["check"],
+        ..Made::default()
+    };
+    let (good, expiring, of_checks) = (
+        make(Made::default()).await,
+        make(expiring).await,
+        make(of_checks).await,
+    );
+    let revoked = make(Made::default()).await;
+    revoke(&database.url, &revoked).await;
+    let proxy = Proxy::to(&database.url, Way::Open);
+    let timing = Timing {
+        staleness_ceiling: Duration::from_secs(1),
+        ..SHORT
+    };
+    let server = Server::start(config_with_keys(&proxy.url, timing, Pepper::default())).await;
+    assert_eq!(scrape(&server, &expiring).await, "200 ");
+
+    proxy.set(Way::Closed);
+    let (_, said) = while_said(&server, &good, "").await;
+    assert_eq!(said, UNAVAILABLE);
+    let made_up = format!("hp_{}_{}", key_id(&good), "0".repeat(64));
+    for (key, expected) in [
+        (&good, "200 "),
+        (&of_checks, "403 SCOPE_MISSING"),
+        (&revoked, "401 CREDENTIAL_REVOKED"),
+        (&made_up, "401 CREDENTIAL_INVALID"),
+    ] {
+        assert_eq!(scrape(&server, key).await, expected);
+    }
+    assert_eq!(with_key(&server, &good).await, UNAVAILABLE);
+    eventually("the key has expired", async || {
+        scrape(&server, &expiring).await == "401 CREDENTIAL_EXPIRED"
+    })
+    .await;
+    assert_eq!(scrape(&server, &good).await, "200 ");
+    // It can be heard of again as soon as the database is back.
+    revoke(&database.url, &good).await;
+    assert_eq!(scrape(&server, &good).await, "200 ");
+    proxy.set(Way::Open);
+    eventually("the revocation is heard of", async || {
+        scrape(&server, &good).await == "401 CREDENTIAL_REVOKED"
+    })
+    .await;
 }
 
 /// As when a router forgets connections: those that are there are silent for ever, new ones work.
@@ -203,6 +266,7 @@ async fn keys_that_cannot_be_read_are_believed_up_to_the_bound_alone() {
     let (asked, said) = while_said(&server, &key, "").await;
     assert_eq!(said, UNAVAILABLE);
     assert!(asked.duration_since(revoked) <= SHORT.staleness_bound);
+    assert_eq!(scrape(&server, &key).await, format!("503 {UNAVAILABLE}"));
     run(
         &client,
         "GRANT SELECT ON hallpass.api_keys_edition TO hallpass_service",

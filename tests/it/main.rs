@@ -74,6 +74,7 @@ mod operations;
 mod ops;
 mod oracle;
 mod outage;
+mod outcomes;
 mod pki;
 mod pools;
 mod positions;

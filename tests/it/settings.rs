@@ -214,6 +214,20 @@ async fn a_hangup_takes_over_what_it_can_and_a_mistake_changes_nothing() {
     service.says("settings are not reloaded", 3).await;
     eventually("the rate holds still", async || status().await == 429).await;
 
+    // Each alone is good; together they would not start.
+    for (index, more) in [
+        "staleness-ceiling = \"1s\"",
+        "admin-database-url = \"mysql://h/d\"",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        write(&format!("caller-rate-max = 0\n{more}"));
+        service.hang_up();
+        service.says("settings are not reloaded", 4 + index).await;
+        eventually("the rate holds still", async || status().await == 429).await;
+    }
+
     write("caller-rate-max = 0");
     service.hang_up();
     // The rate and the level, back again.

@@ -14,10 +14,12 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_types::StatusExt;
 
 use crate::{
-    database::Database,
+    database::{Database, eventually},
     deadlines::TableLock,
+    ops::Scrape,
     proxy::{Proxy, Way},
     server::{APPROVE, Server, config, fill, question, within},
+    sql::run,
     support,
 };
 
@@ -74,6 +76,27 @@ async fn a_schema_that_is_behind_is_waited_for() {
     let answer = server.check("lincoln", "bob", APPROVE).await;
     assert_eq!(answer.said, "deny NOT_A_MEMBER");
     server.stop().await;
+}
+
+/// The alert of triggers that are disabled wants a database that is sampled, and a log that is not believed.
+#[tokio::test]
+async fn a_database_whose_schema_is_behind_is_not_sampled() {
+    let behind = Database::create().await;
+    let newest = "DELETE FROM hallpass.schema_migrations
+        WHERE version = (SELECT max(version) FROM hallpass.schema_migrations)";
+    run(&behind.client().await, newest).await;
+    let waiting = Server::listening(config(&behind.url)).await;
+    let current = Database::create().await;
+    let server = Server::start(config(&current.url)).await;
+    let age = async |server| {
+        let scrape = Scrape::of(server).await;
+        scrape.samples["hallpass_sampled_seconds"]
+    };
+    // It began later, and has had time enough.
+    eventually("a sample", async || age(&server).await.is_finite()).await;
+    assert!(age(&waiting).await.is_infinite());
+    server.stop().await;
+    waiting.stop().await;
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@ use std::{
 use hallpass::{
     auth::{
         AuthError, Authentication, Authenticator, Peer,
+        access::Need,
         api_key::{ApiKey, Pepper},
         certificates::Certificates,
         grants::Grants,
@@ -114,7 +115,7 @@ fn start() -> (Runtime, Authenticator) {
 
 /// All that is found out without a wait.
 fn look(authenticator: &Authenticator, headers: &HeaderMap) -> Authentication {
-    match authenticator.authenticate(headers, &Peer::default()) {
+    match authenticator.authenticate(headers, &Peer::default(), Need::Credential) {
         Authentication::Unverified(token) => token.verify(),
         found => found,
     }

@@ -63,7 +63,8 @@ const SHOWN: [&str; 9] = [
 ];
 
 /// The value without what opens a door: of a URL its password, and parameters that are not known to be harmless; else all
-/// of a secret. A password may hold any character, so all up to the last `@` is the login.
+/// of a secret. A password may hold any character, so all up to the last `@` is the login; where that has a `?` it may as
+/// well be parameters, a password among them, and nothing is shown but the scheme.
 pub(super) fn masked(argument: &Arg, value: &str) -> String {
     if !argument.is_hide_env_values_set() {
         return value.to_owned();
@@ -72,6 +73,7 @@ pub(super) fn masked(argument: &Arg, value: &str) -> String {
         return MASK.to_owned();
     };
     let (login, rest) = match rest.rsplit_once('@') {
+        Some((login, _)) if login.contains('?') => return format!("{scheme}://{MASK}"),
         Some((login, rest)) => match login.split_once(':') {
             Some((user, _)) => (format!("{user}:{MASK}@"), rest),
             None => (format!("{login}@"), rest),

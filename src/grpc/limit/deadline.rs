@@ -130,7 +130,7 @@ impl http_body::Body for Aging {
 
 /// The caller's own deadline, as the gRPC protocol has it: up to eight digits and a unit. One that is malformed is none,
 /// as for tonic.
-pub(super) fn asked_for(headers: &HeaderMap) -> Option<Duration> {
+pub(in crate::grpc) fn asked_for(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|digit| digit.is_ascii_digit()) {

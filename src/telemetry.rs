@@ -274,7 +274,7 @@ impl Telemetry {
         )?;
         page.gauges(
             "hallpass_pool_waiting",
-            "Questions that wait for a connection",
+            "Questions that wait for a connection, or for one to be opened",
             pools
                 .iter()
                 .map(|(pool, usage)| ([("pool", *pool)], float(usage.waiting as u64))),

@@ -227,6 +227,11 @@ impl Telemetry {
             "hallpass_load_subjects",
             "Users that one statement loads for the misses that arrive together",
             (&self.checker.loader.sizes, 1.0),
+        )?;
+        page.gauge(
+            "hallpass_load_wait_seconds",
+            "How long the oldest miss has waited for a statement, all of which are under way; 0: none waits",
+            self.checker.loader.waiting().as_secs_f64(),
         )
     }
 

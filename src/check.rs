@@ -104,6 +104,7 @@ pub struct Counts {
     /// Subjects found in the cache and believed, and others.
     lookups: Cells,
     turned_away: AtomicU64,
+    reads_turned_away: AtomicU64,
 }
 
 impl Default for Counts {
@@ -112,6 +113,7 @@ impl Default for Counts {
             decisions: Cells::new(Reason::ALL.len() * 2),
             lookups: Cells::new(2),
             turned_away: AtomicU64::new(0),
+            reads_turned_away: AtomicU64::new(0),
         }
     }
 }
@@ -140,16 +142,21 @@ impl Counts {
 }
 
 impl Counts {
-    /// Questions to the database that were refused because too many waited already.
+    /// Checks whose question to the database was refused because too many waited already.
     #[must_use]
     pub fn turned_away(&self) -> u64 {
         self.turned_away.load(Ordering::Relaxed)
     }
 
-    fn count_refusal(&self, is_refusal: bool) {
-        self.turned_away
-            .fetch_add(u64::from(is_refusal), Ordering::Relaxed);
+    /// Lists and explained checks that were refused for that.
+    #[must_use]
+    pub fn reads_turned_away(&self) -> u64 {
+        self.reads_turned_away.load(Ordering::Relaxed)
     }
+}
+
+fn count_if(counter: &AtomicU64, is_refusal: bool) {
+    counter.fetch_add(u64::from(is_refusal), Ordering::Relaxed);
 }
 
 fn decision(reason: Reason, source: Source) -> usize {
@@ -288,7 +295,10 @@ impl Checker {
     {
         trail::read_database();
         let connection = self.store.reads.acquire().await.map_err(|error| {
-            self.counts.count_refusal(matches!(error, StoreError::Busy));
+            count_if(
+                &self.counts.reads_turned_away,
+                matches!(error, StoreError::Busy),
+            );
             unanswered(error)
         })?;
         let sent_at = BootTime::now();
@@ -384,7 +394,7 @@ impl Checker {
         let load = self.loader.load(subjects, join).await;
         let load = load.inspect_err(|error| {
             let is_refusal = matches!(error, LoadError::Overloaded);
-            self.counts.count_refusal(is_refusal);
+            count_if(&self.counts.turned_away, is_refusal);
         })?;
         if let Freshness::AtLeastAsFresh(position) = freshness {
             self.vouch(position, load.head).await?;

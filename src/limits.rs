@@ -182,6 +182,7 @@ pub struct Limits {
 /// A place among the requests in flight, or among the watches of health; given back when it is dropped.
 pub struct Place {
     permit: OwnedSemaphorePermit,
+    class: Class,
     _share: Option<Share>,
 }
 
@@ -230,8 +231,8 @@ impl Limits {
     ///
     /// # Errors
     /// When there is none.
-    pub fn enter(&self) -> Result<Place, Refusal> {
-        self.place(&self.in_flight, None)
+    pub fn enter(&self, class: Class) -> Result<Place, Refusal> {
+        self.place(class, None)
     }
 
     /// Takes a place among the watches of health, and one of the address's own; a loopback address has as many as there
@@ -251,17 +252,22 @@ impl Limits {
             }
             _ => None,
         };
-        self.place(&self.watches, share)
+        self.place(Class::Free, share)
     }
 
-    fn place(&self, places: &Arc<Semaphore>, share: Option<Share>) -> Result<Place, Refusal> {
+    fn place(&self, class: Class, share: Option<Share>) -> Result<Place, Refusal> {
+        let places = match class {
+            Class::Free => &self.watches,
+            Class::Check | Class::List => &self.in_flight,
+        };
         match Arc::clone(places).try_acquire_owned() {
             Ok(permit) => Ok(Place {
                 permit,
+                class,
                 _share: share,
             }),
             Err(_) => {
-                self.tally.refused(Limit::InFlight);
+                self.tally.turned_away(class);
                 Err(Refusal::Overloaded)
             }
         }
@@ -284,7 +290,7 @@ impl Limits {
                 Ok(())
             }
             Err(_) => {
-                self.tally.refused(Limit::InFlight);
+                self.tally.turned_away(place.class);
                 Err(Refusal::Overloaded)
             }
         }

@@ -5,7 +5,8 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use thiserror::Error;
@@ -92,6 +93,7 @@ struct Request {
     join: Join,
     reply: oneshot::Sender<Result<Arc<Load>, LoadError>>,
     turn: Running,
+    asked_at: BootTime,
 }
 
 /// A handle to the loader's task.
@@ -100,7 +102,11 @@ pub struct Loader {
     requests: mpsc::Sender<Request>,
     /// Subjects of each statement.
     pub sizes: Arc<Histograms>,
+    oldest: Oldest,
 }
+
+/// When the request was made that waits the longest for a statement.
+type Oldest = Arc<Mutex<Option<BootTime>>>;
 
 impl Loader {
     /// A handle, and the task to spawn; the task ends with the last handle.
@@ -111,6 +117,7 @@ impl Loader {
     ) -> (Self, impl Future<Output = ()>) {
         let (requests, receiver) = mpsc::channel(QUEUE_MAX);
         let sizes = Arc::new(Histograms::new(1, &SIZES));
+        let oldest = Oldest::default();
         let task = Task {
             source: Arc::new(Source {
                 store,
@@ -124,8 +131,22 @@ impl Loader {
             flying: HashMap::new(),
             is_up: true,
             sizes: Arc::clone(&sizes),
+            oldest: Arc::clone(&oldest),
         };
-        (Self { requests, sizes }, task.run(receiver))
+        let loader = Self {
+            requests,
+            sizes,
+            oldest,
+        };
+        (loader, task.run(receiver))
+    }
+
+    /// How long the request has waited that waits the longest for a statement, all of which are under way; zero while
+    /// none waits.
+    #[must_use]
+    pub fn waiting(&self) -> Duration {
+        let oldest = *self.oldest.lock().unwrap_or_else(PoisonError::into_inner);
+        oldest.map_or(Duration::ZERO, |asked_at| BootTime::now().since(asked_at))
     }
 
     /// Loads distinct subjects with one statement.
@@ -140,6 +161,7 @@ impl Loader {
                 join,
                 reply,
                 turn: trail::begin(Kind::Queue),
+                asked_at: BootTime::now(),
             })
             .map_err(|error| match error {
                 TrySendError::Full(_) => LoadError::Overloaded,
@@ -209,6 +231,7 @@ struct Task {
     flying: HashMap<Subject, Id>,
     is_up: bool,
     sizes: Arc<Histograms>,
+    oldest: Oldest,
 }
 
 impl Task {
@@ -218,6 +241,8 @@ impl Task {
             while self.flights.len() < FLIGHTS_MAX && !self.queue.is_empty() {
                 self.send_statement();
             }
+            let oldest = self.queue.front().map(|request| request.asked_at);
+            *self.oldest.lock().unwrap_or_else(PoisonError::into_inner) = oldest;
             let room = QUEUE_MAX - self.queue.len();
             tokio::select! {
                 count = requests.recv_many(&mut arrived, room.max(1)), if room > 0 => {

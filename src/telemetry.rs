@@ -29,7 +29,7 @@ use crate::{
     check::{Checker, Source},
     counters::Calls,
     grpc::observe::{GRPC_OUTCOMES, HTTP_OUTCOMES, Outcomes},
-    limits::{Limit, Limits},
+    limits::{Class, Limit, Limits},
     model::{BootTime, Reason},
     store::{pool::Connections, samples::Sample, timings::Question},
     traces::Traces,
@@ -227,6 +227,11 @@ impl Telemetry {
             "hallpass_load_subjects",
             "Users that one statement loads for the misses that arrive together",
             (&self.checker.loader.sizes, 1.0),
+        )?;
+        page.gauge(
+            "hallpass_load_wait_seconds",
+            "How long the oldest miss has waited for a statement, all of which are under way; 0: none waits",
+            self.checker.loader.waiting().as_secs_f64(),
         )
     }
 
@@ -274,7 +279,7 @@ impl Telemetry {
         )?;
         page.gauges(
             "hallpass_pool_waiting",
-            "Questions that wait for a connection",
+            "Questions that wait for a connection, or for one to be opened",
             pools
                 .iter()
                 .map(|(pool, usage)| ([("pool", *pool)], float(usage.waiting as u64))),
@@ -335,15 +340,25 @@ impl Telemetry {
 
     fn entrance(&self, page: &mut Page<'_>) -> fmt::Result {
         let tally = &self.limits.tally;
-        let refusals = Limit::ALL.map(|limit| (limit.name(), tally.refusals(limit)));
+        let limits = Limit::ALL
+            .into_iter()
+            .filter(|limit| *limit != Limit::InFlight);
+        let limits = limits.map(|limit| (limit.name(), limit.class_name(), tally.refusals(limit)));
+        let in_flight = Class::ALL.map(|class| {
+            let count = tally.turned_away_of(class);
+            (Limit::InFlight.name(), class.name(), count)
+        });
         // Too many questions wait for it.
-        let database = [("database", self.checker.counts.turned_away())];
-        let refusals = refusals.into_iter().chain(database);
-        let refusals = refusals.map(|(limit, count)| ([("limit", limit)], count));
+        let counts = &self.checker.counts;
+        let database = [
+            ("database", Class::Check.name(), counts.turned_away()),
+            ("database", Class::List.name(), counts.reads_turned_away()),
+        ];
+        let refusals = limits.chain(in_flight).chain(database);
         page.counters(
             "hallpass_refusals",
-            "Calls that were turned away, by the limit that did it",
-            refusals,
+            "Calls that were turned away, by the limit that did it and by class: checks; lists, which are all else and explained checks",
+            refusals.map(|(limit, class, count)| ([("limit", limit), ("class", class)], count)),
         )?;
         page.gauges(
             "hallpass_tls_certificate_expiry_seconds",

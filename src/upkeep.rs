@@ -65,10 +65,20 @@ pub async fn sample(
     interval: Duration,
     samples: watch::Sender<Option<(Sample, BootTime)>>,
 ) {
+    let mut said = String::new();
     loop {
-        let Err(error) = sample_on_connection(&url, interval, &samples).await;
-        tracing::debug!(%error, "the database is not sampled");
+        let Err(error) = sample_on_connection(&url, interval, &samples, &mut said).await;
+        say_once(&error, &mut said, "the database was not sampled");
         sleep(RETRY).await;
+    }
+}
+
+/// Logs a failure, unless it was logged last.
+fn say_once(error: &StoreError, said: &mut String, message: &str) {
+    let error = error.to_string();
+    if error != *said {
+        tracing::warn!(%error, "{message}");
+        *said = error;
     }
 }
 
@@ -76,6 +86,7 @@ async fn sample_on_connection(
     url: &DatabaseUrl,
     interval: Duration,
     samples: &watch::Sender<Option<(Sample, BootTime)>>,
+    said: &mut String,
 ) -> Result<std::convert::Infallible, StoreError> {
     let connection = DedicatedConnection::open(url, Some(SAMPLE_TIMEOUT)).await?;
     loop {
@@ -83,6 +94,7 @@ async fn sample_on_connection(
         let sample = timeout(SAMPLE_WAIT_MAX, connection.sample()).await;
         let sample =
             sample.map_err(|_| StoreError::Unavailable("no sample in time".to_owned()))??;
+        said.clear();
         samples.send_replace(Some((sample, at)));
         sleep(interval).await;
     }
@@ -161,11 +173,7 @@ impl Inspector {
         if !matches!(error, StoreError::Unavailable(_)) {
             self.progress.disbelieve_log();
         }
-        let error = error.to_string();
-        if error != self.said {
-            tracing::warn!(%error, "the log was not inspected");
-            self.said = error;
-        }
+        say_once(error, &mut self.said, "the log was not inspected");
     }
 }
 

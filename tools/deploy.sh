@@ -38,6 +38,6 @@ if docker compose version >/dev/null 2>&1; then
     POSTGRES_PASSWORD=x HALLPASS_MIGRATOR_PASSWORD=x HALLPASS_SERVICE_PASSWORD=x GRAFANA_PASSWORD=x \
         docker compose --file deploy/compose/compose.yaml config --quiet
 fi
-for file in deploy/compose/*.y*ml deploy/grafana/provisioning/*/*.yml; do
+for file in deploy/compose/*.y*ml deploy/prometheus/*.yml deploy/grafana/provisioning/*/*.yml; do
     "$programs/python" -c 'import sys, yaml; yaml.safe_load(open(sys.argv[1]))' "$file"
 done

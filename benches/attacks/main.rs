@@ -157,7 +157,7 @@ fn cost() -> u128 {
     };
     let started = Instant::now();
     for _ in 0..CHECKS {
-        let place = limits.enter();
+        let place = limits.enter(Class::Check);
         let counted = limits.address(address);
         let share = limits.share(&caller, address);
         let checked = limits.caller(&caller, Class::Check);

@@ -11,7 +11,10 @@ use serde_json::json;
 use super::{answer, database::Database};
 use crate::{
     config::{DatabaseSettings, Secret},
-    store::doctor::{Finding, Problem, examine},
+    store::{
+        DatabaseUrl,
+        doctor::{Finding, Problem, examine},
+    },
 };
 
 /// Columns of the longest status and the longest subject.
@@ -28,7 +31,7 @@ pub(super) struct Doctor {
     #[command(flatten)]
     database: DatabaseSettings,
 
-    /// Also look whether the feed's way to the database works
+    /// Also look whether the feed's way leads to the same log, and hears of changes
     #[arg(
         long,
         env = "HALLPASS_FEED_DATABASE_URL",
@@ -45,22 +48,14 @@ pub(super) struct Doctor {
 impl Doctor {
     pub(super) async fn run(self) -> anyhow::Result<ExitCode> {
         let database = Database::open(&self.database).await?;
-        let mut findings = examine(&database.url).await.context(UNREACHABLE)?;
+        let feed: Option<DatabaseUrl> = (self.feed_database_url)
+            .map(|url| url.0.parse())
+            .transpose()
+            .map_err(|error| anyhow!("--feed-database-url: {error}"))?;
+        let findings = examine(&database.url, feed.as_ref())
+            .await
+            .context(UNREACHABLE)?;
         database.close().await?;
-        if let Some(url) = self.feed_database_url {
-            let url = url
-                .0
-                .parse()
-                .map_err(|error| anyhow!("--feed-database-url: {error}"))?;
-            let seen = examine(&url)
-                .await
-                .with_context(|| format!("--feed-database-url: {UNREACHABLE}"))?;
-            let feed = seen.into_iter().filter(|f| f.subject == "connection");
-            findings.extend(feed.map(|connection| Finding {
-                subject: "feed's way",
-                ..connection
-            }));
-        }
         let lines: String = if self.json {
             findings.iter().map(as_json).collect()
         } else {

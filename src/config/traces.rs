@@ -1,12 +1,15 @@
 //! The settings of what is told of single calls, their defaults and why.
 
-use std::time::Duration;
+use std::{env, time::Duration};
 
 use clap::Args;
 use http::Uri;
 
 use super::parse_duration;
-use crate::{telemetry::otlp::Export, traces::Settings};
+use crate::{
+    telemetry::otlp::{self, Export},
+    traces::Settings,
+};
 
 /// One in a thousand: a busy replica makes some traces a second, an idle one a few a day.
 const DEFAULT_TRACE_SAMPLE: &str = "0.001";
@@ -16,6 +19,12 @@ const DEFAULT_OTLP_METRICS_INTERVAL: &str = "0s";
 
 /// A hundred times what a miss takes: who waits as long has noticed.
 const DEFAULT_SLOW_REQUEST: &str = "500ms";
+
+/// Where OpenTelemetry has what a collector of metrics wants to be told; the first that is set counts.
+const HEADERS: [&str; 2] = [
+    "OTEL_EXPORTER_OTLP_METRICS_HEADERS",
+    "OTEL_EXPORTER_OTLP_HEADERS",
+];
 
 /// Traces and slow calls.
 #[derive(Args, Clone, Debug)]
@@ -43,7 +52,12 @@ impl TraceSettings {
     pub fn metrics_export(&self) -> Option<Export> {
         let endpoint = self.otlp_endpoint.clone()?;
         let interval = self.otlp_metrics_interval;
-        (!interval.is_zero()).then_some(Export { endpoint, interval })
+        let headers = HEADERS.iter().find_map(|name| env::var(name).ok());
+        (!interval.is_zero()).then(|| Export {
+            endpoint,
+            interval,
+            headers: headers.as_deref().map(otlp::headers).unwrap_or_default(),
+        })
     }
 }
 

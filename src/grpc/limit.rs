@@ -94,7 +94,7 @@ where
             Class::Free if method.answer != Answer::Message => self.limits.watch(address).map(Some),
             Class::Free => Ok(None),
             Class::Check | Class::List => {
-                let place = self.limits.enter();
+                let place = self.limits.enter(method.class);
                 place.and_then(|place| self.limits.address(address).map(|()| Some(place)))
             }
         };

@@ -14,7 +14,7 @@ use governor::{
     state::{InMemoryState, NotKeyed},
 };
 
-use super::Limit;
+use super::{Class, Limit};
 
 /// google.rpc.Code has so many.
 const CODES: usize = 17;
@@ -29,6 +29,8 @@ const LINES_AT_ONCE: NonZeroU32 = NonZeroU32::new(10).unwrap();
 pub struct Tally {
     failures: [Failures; CODES],
     refusals: [AtomicU64; Limit::ALL.len()],
+    /// Those of [`Limit::InFlight`], by the class of the call.
+    turned_away: [AtomicU64; Class::ALL.len()],
 }
 
 struct Failures {
@@ -54,6 +56,33 @@ impl Default for Tally {
                 ),
             }),
             refusals: [const { AtomicU64::new(0) }; Limit::ALL.len()],
+            turned_away: [const { AtomicU64::new(0) }; Class::ALL.len()],
+        }
+    }
+}
+
+impl Class {
+    pub const ALL: [Self; 3] = [Self::Free, Self::Check, Self::List];
+
+    /// As metrics have it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Free => "health",
+            Self::Check => "check",
+            Self::List => "list",
+        }
+    }
+}
+
+impl Limit {
+    /// The class of all calls that it refuses, as metrics have it; `any` where it is for all of them.
+    #[must_use]
+    pub fn class_name(self) -> &'static str {
+        match self {
+            Self::Checks => Class::Check.name(),
+            Self::Lists => Class::List.name(),
+            Self::InFlight | Self::CallerInFlight | Self::Address | Self::Credentials => "any",
         }
     }
 }
@@ -77,6 +106,12 @@ impl Tally {
         self.refusals[limit as usize].fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Counts a call that found no place among those in flight.
+    pub(super) fn turned_away(&self, class: Class) {
+        self.refused(Limit::InFlight);
+        self.turned_away[class as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Calls that ended with this google.rpc.Code.
     #[must_use]
     pub fn failures(&self, code: i32) -> u64 {
@@ -90,6 +125,12 @@ impl Tally {
     #[must_use]
     pub fn refusals(&self, limit: Limit) -> u64 {
         self.refusals[limit as usize].load(Ordering::Relaxed)
+    }
+
+    /// Those of [`Limit::InFlight`] that were of this class.
+    #[must_use]
+    pub fn turned_away_of(&self, class: Class) -> u64 {
+        self.turned_away[class as usize].load(Ordering::Relaxed)
     }
 }
 

@@ -5,17 +5,24 @@
 
 use std::time::Duration;
 
+use tokio::time::timeout;
 use tokio_postgres::{Client, Row};
 
 use super::{
     CONNECTIONS_MAX, DatabaseUrl, DedicatedConnection, StoreError,
     load::refuse_standby,
+    log::{Cursor, LogReader, NOTIFY, read_head},
     migrations::{MIGRATIONS, RUNS_WHAT_IT_SELECTS, SchemaState, first_column, schema_state},
     upkeep::HIDDEN_FROM_US,
 };
 
 /// How long the database may work on one question: all members are read once, and nobody waits.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a notification may take from one connection to another: some milliseconds, as a rule.
+const NOTIFICATION_WAIT_MAX: Duration = Duration::from_secs(3);
+
+const FEED_REMEDY: &str = "let --feed-database-url lead to the primary of the same database directly, not through a pooler in transaction mode";
 
 /// The versions of PostgreSQL that hallpass is tested on.
 const SERVER_VERSIONS: std::ops::RangeInclusive<i32> = 14..=18;
@@ -185,11 +192,14 @@ const QUESTIONS: &[(&str, &str, Question)] = &[
     ),
 ];
 
-/// Looks at the database as this URL's login sees it.
+/// Looks at the database as this URL's login sees it, and whether the feed's own way leads there, where it has one.
 ///
 /// # Errors
 /// When it cannot be reached, will not have us, or is a standby.
-pub async fn examine(url: &DatabaseUrl) -> Result<Vec<Finding>, StoreError> {
+pub async fn examine(
+    url: &DatabaseUrl,
+    feed: Option<&DatabaseUrl>,
+) -> Result<Vec<Finding>, StoreError> {
     let connection = DedicatedConnection::open(url, Some(QUESTION_TIMEOUT)).await?;
     let client = &connection.client;
     client.batch_execute(LOOK_ONLY).await?;
@@ -211,8 +221,44 @@ pub async fn examine(url: &DatabaseUrl) -> Result<Vec<Finding>, StoreError> {
                 problems,
             });
         }
+        if let Some(feed) = feed {
+            let problem = feed_problem(client, feed).await;
+            let problem = problem.unwrap_or_else(|error| Some(format!("cannot be used: {error}")));
+            findings.push(Finding {
+                subject: "feed's way",
+                well: "to the same log, and it hears of changes".to_owned(),
+                problems: Vec::from_iter(problem.map(|what| Problem {
+                    is_failure: true,
+                    what,
+                    remedy: vec![FEED_REMEDY.to_owned()],
+                })),
+            });
+        }
     }
     Ok(findings)
+}
+
+/// What keeps the feed from following the log over its own way. Whoever follows the log is woken once, and finds nothing.
+async fn feed_problem(client: &Client, feed: &DatabaseUrl) -> Result<Option<String>, StoreError> {
+    let reader = LogReader::open(feed).await?;
+    let head = read_head(client).await?;
+    let page = reader.page(Cursor::after(head), &[head], 1).await?;
+    if !page.history_holds {
+        let what =
+            format!("leads to another log, without {head}, which is in that of --database-url");
+        return Ok(Some(what));
+    }
+    client.batch_execute(NOTIFY).await?;
+    if timeout(NOTIFICATION_WAIT_MAX, reader.notified())
+        .await
+        .is_err()
+    {
+        return Ok(Some(
+            "hears of no change: changes would be found by asking alone".to_owned(),
+        ));
+    }
+    // That its connection has ended is notified, too.
+    reader.head().await.map(|_| None)
 }
 
 fn server(place: &Row) -> Result<[Finding; 2], StoreError> {

@@ -100,6 +100,9 @@ LEFT JOIN LATERAL (
     ORDER BY entry.seq, change.n LIMIT $5
 ) page ON true";
 
+/// Wakes whoever follows the log, as a commit does.
+pub(super) const NOTIFY: &str = "NOTIFY hallpass_log";
+
 const READ_HEAD: &str = "
 SELECT pg_is_in_recovery(), h.seq, h.uid
 FROM (VALUES (1)) one
@@ -186,6 +189,13 @@ impl Connection {
     }
 }
 
+/// The newest position.
+pub(super) async fn read_head(client: &Client) -> Result<Position, StoreError> {
+    let row = client.query_one(READ_HEAD, &[]).await?;
+    load::refuse_standby(&row, 0)?;
+    load::decode_head(&row, 1)
+}
+
 /// A connection that listens to the log and reads it.
 pub struct LogReader {
     client: Client,
@@ -239,9 +249,7 @@ impl LogReader {
     /// # Errors
     /// When the database is away or a standby.
     pub async fn head(&self) -> Result<Position, StoreError> {
-        let row = self.client.query_one(READ_HEAD, &[]).await?;
-        load::refuse_standby(&row, 0)?;
-        load::decode_head(&row, 1)
+        read_head(&self.client).await
     }
 
     /// The page after `cursor`, of at most `rows_max` rows; says whether all of `seen` are in the history.

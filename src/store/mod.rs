@@ -253,10 +253,11 @@ pub const AUDIT_CONNECTIONS_MAX: usize = 2;
 /// Connections that change permissions. Changes go through the commit lock one by one anyway.
 const CHANGE_CONNECTIONS_MAX: usize = 2;
 
-/// Connections of their own that one service keeps: the feed's, and inspection, refresh, maintenance and samples.
-const DEDICATED_CONNECTIONS: usize = 5;
+/// Connections of their own that one service keeps: the feed's, the API keys', and inspection, refresh, maintenance and
+/// samples.
+const DEDICATED_CONNECTIONS: usize = 6;
 
-/// Connections that one service opens at most, those of the admin API included.
+/// Connections that one service opens at most, those of the admin API and of API keys included.
 const CONNECTIONS_MAX: usize = MISS_CONNECTIONS_MAX
     + ASIDE_CONNECTIONS_MAX
     + READ_CONNECTIONS_MAX

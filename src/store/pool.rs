@@ -49,7 +49,7 @@ pub struct PoolUse {
     pub in_use: usize,
     pub idle: usize,
     pub max: usize,
-    /// Questions that wait for a connection.
+    /// Questions that wait for a connection, or for one to be opened.
     pub waiting: usize,
 }
 
@@ -113,7 +113,7 @@ impl Connections {
         })
     }
 
-    /// As of now; a connection that is being opened counts as in use.
+    /// As of now; whoever a connection is being opened for waits.
     #[must_use]
     pub fn usage(&self) -> PoolUse {
         let status = self.pool.status();

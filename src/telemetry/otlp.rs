@@ -2,8 +2,12 @@
 //!
 //! Invariant: it sends what a scrape would show, under the same names, and nobody waits for it.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
 
+use http::{HeaderName, HeaderValue};
 use opentelemetry_proto::tonic::{
     collector::metrics::v1::{
         ExportMetricsServiceRequest, metrics_service_client::MetricsServiceClient,
@@ -15,8 +19,13 @@ use opentelemetry_proto::tonic::{
     },
     resource::v1::Resource,
 };
+use percent_encoding::percent_decode_str;
 use tokio::time::{MissedTickBehavior, interval};
-use tonic::transport::{Channel, ClientTlsConfig, Endpoint, Error};
+use tonic::{
+    Extensions, Request,
+    metadata::MetadataMap,
+    transport::{Channel, ClientTlsConfig, Endpoint, Error},
+};
 
 use super::Metrics;
 use crate::traces::resource;
@@ -29,6 +38,22 @@ const EXPORT_WAIT_MAX: Duration = Duration::from_secs(5);
 pub struct Export {
     pub endpoint: String,
     pub interval: Duration,
+    /// What the collector wants to be told: see [`headers`].
+    pub headers: MetadataMap,
+}
+
+/// `NAME=VALUE,...`, values percent-encoded, as `OTEL_EXPORTER_OTLP_HEADERS` has it for traces as well. What is no
+/// header is left out, as it is of traces. Values are secret: they are not shown.
+#[must_use]
+pub fn headers(text: &str) -> MetadataMap {
+    let pairs = text.split(',').filter_map(|pair| pair.split_once('='));
+    let header = |(name, value): (&str, &str)| {
+        let value = percent_decode_str(value.trim()).decode_utf8().ok()?;
+        let mut value = HeaderValue::from_str(&value).ok()?;
+        value.set_sensitive(true);
+        Some((HeaderName::from_str(name.trim()).ok()?, value))
+    };
+    MetadataMap::from_headers(pairs.filter_map(header).collect())
 }
 
 impl Export {
@@ -60,7 +85,9 @@ impl Export {
             let Ok(page) = metrics.page() else {
                 continue;
             };
-            let exported = client.export(request(&page, begun, now())).await;
+            let message = request(&page, begun, now());
+            let message = Request::from_parts(self.headers.clone(), Extensions::new(), message);
+            let exported = client.export(message).await;
             match &exported {
                 Ok(_) if !is_up => tracing::info!("the collector takes metrics again"),
                 Err(error) if is_up => {
@@ -243,6 +270,16 @@ fn add(histogram: &mut Histogram, name: &str, text: &str, value: f64, (begun, no
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn headers_are_read_and_are_secret() {
+        let found = headers("authorization=Bearer%20s3cret, x-tenant = a=b,,nothing,b d=1,c=%0a");
+        let found = found.into_headers();
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!(found["authorization"], "Bearer s3cret");
+        assert_eq!(found["x-tenant"], "a=b");
+        assert!(!format!("{found:?}").contains("s3cret"));
+    }
 
     #[test]
     fn a_page_says_the_same_over_otlp() {

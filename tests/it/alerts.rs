@@ -8,6 +8,14 @@ const CASES: [&str; 2] = [
     "deploy/prometheus/hallpass.rules.test.yml",
     "deploy/prometheus/hallpass.budget.test.yml",
 ];
+const SCRAPES: [&str; 3] = [
+    "deploy/prometheus/prometheus.yml",
+    "deploy/compose/prometheus.yml",
+    KUBERNETES,
+];
+const KUBERNETES: &str = "deploy/prometheus/kubernetes.yml";
+const DEPLOYMENT: &str = "deploy/kubernetes/base/deployment.yaml";
+const OVERLAY: &str = "deploy/kubernetes/overlays/production/kustomization.yaml";
 const DASHBOARD: &str = "deploy/grafana/dashboards/hallpass.json";
 const METRICS: &str = "docs/metrics.md";
 const RUNBOOKS: &str = "docs/operations.md";
@@ -104,6 +112,23 @@ fn rules_and_dashboard_name_metrics_that_exist() {
     let queries = queries(&dashboard);
     assert!(queries.len() > 30, "{queries:?}");
     assert_eq!(unknown_metrics(&queries.join("\n"), &documented), [""; 0]);
+}
+
+/// The rules look for the job by its name, and Prometheus for pods by the names of the manifest.
+#[test]
+fn every_scrape_configuration_finds_hallpass_and_calls_it_that() {
+    for path in SCRAPES {
+        let text = read(path);
+        assert_eq!(values("job_name", &text), ["hallpass"], "{path}");
+        assert!(text.contains("credentials_file: "), "{path}");
+    }
+    let (scrape, manifest) = (read(KUBERNETES), read(DEPLOYMENT));
+    let label = values("label", &scrape)[0].replace('=', ": ");
+    assert!(manifest.contains(&label), "{label}");
+    let port = values("regex", &scrape)[0];
+    assert!(values("name", &manifest).contains(&port), "{port}");
+    assert!(values("namespace", &read(OVERLAY)).contains(&"hallpass"));
+    assert!(scrape.contains("names: [hallpass]"));
 }
 
 #[test]

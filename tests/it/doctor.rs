@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 use crate::{
     commands::{Ran, hallpass},
     database::{Database, as_role},
+    proxy::{Proxy, Way},
     server::fill,
     sql::{lines, run},
     support::temporary_directory,
@@ -315,4 +316,36 @@ async fn a_database_that_cannot_be_reached_is_an_error_that_says_what_to_look_at
     }
     let ran = doctor("postgresql://nobody@127.0.0.1:1/nothing", &[]).await;
     ran.assert_one_line("see that the server runs");
+}
+
+/// A way that connects is not yet one over which changes are heard of.
+#[tokio::test]
+async fn a_feed_s_way_is_green_when_it_hears_of_changes_to_the_same_log() {
+    let (database, client, url) = healthy().await;
+    run(&client, REFRESH).await;
+    let (other, ..) = healthy().await;
+    let empty = Database::empty().await;
+    let unnotified = Proxy::to(&url, Way::Unnotified);
+    let closed = Proxy::to(&url, Way::Closed);
+    for (name, feed, problem) in [
+        ("the same", &database.url, ""),
+        ("another", &other.url, "leads to another log"),
+        ("without hallpass", &empty.url, "hallpass.log"),
+        ("a pooler", &unnotified.url, "hears of no change"),
+        ("nothing", &closed.url, "database unavailable"),
+    ] {
+        let ran = doctor(&url, &["--json", "--feed-database-url", feed]).await;
+        let found: Vec<_> = problems(&ran)
+            .into_iter()
+            .filter(|(subject, ..)| subject == "feed's way")
+            .collect();
+        if problem.is_empty() {
+            assert_eq!(ran.code, OK, "{name}: {ran:?}");
+            assert!(ran.out.contains("hears of changes"), "{name}: {ran:?}");
+            continue;
+        }
+        assert_eq!(ran.code, FAILED, "{name}: {ran:?}");
+        assert_eq!(found.len(), 1, "{name}: {ran:?}");
+        assert!(found[0].1.contains(problem), "{name}: {ran:?}");
+    }
 }

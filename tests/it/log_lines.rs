@@ -82,3 +82,58 @@ async fn input_makes_no_line_of_the_log_and_passwords_are_not_in_it() {
     }
     assert!(!log.contains(PASSWORD), "{log}");
 }
+
+/// A statement of the sampler's that fails, and counts how often.
+const FAIL: &str = "
+CREATE SEQUENCE public.samples;
+CREATE FUNCTION public.to_char(timestamp, text) RETURNS text LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    PERFORM nextval('public.samples');
+    RAISE EXCEPTION 'not today';
+END $$;
+DO $$
+BEGIN
+    EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database());
+END $$";
+
+/// What alerts lean on does not go blind in silence, nor with a line for each attempt.
+#[tokio::test]
+async fn a_sample_that_fails_is_said_once_a_reason() {
+    let database = Database::create().await;
+    let client = database.client().await;
+    fill(&client).await;
+    client.batch_execute(FAIL).await.unwrap();
+    let directory = temporary_directory();
+    let log = directory.path().join("log");
+    let mut service = Command::new(HALLPASS)
+        .args(["serve", "--lame-duck=0ms", "--database-url"])
+        .arg(as_role(&database.url, "hallpass_service"))
+        .arg(format!(
+            "--grpc-listen=unix:{}",
+            directory.path().join("socket").display()
+        ))
+        .args(["--http-listen=none", "--ops-listen=none"])
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&log).unwrap())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    eventually("it was tried twice", async || {
+        let row = client
+            .query_one("SELECT last_value FROM public.samples", &[])
+            .await;
+        row.unwrap().get::<_, i64>(0) >= 2
+    })
+    .await;
+    let log = fs::read_to_string(&log).unwrap();
+    let said: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("the database was not sampled"))
+        .collect();
+    assert_eq!(said.len(), 1, "{log}");
+    assert!(
+        said[0].contains("WARN") && said[0].contains("not today"),
+        "{said:?}"
+    );
+    service.kill().await.unwrap();
+}

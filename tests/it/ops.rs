@@ -5,15 +5,18 @@ use std::{
     fs,
 };
 
+use hallpass::store::MISS_CONNECTIONS_MAX;
 use hallpass_client::v1::{
     AuditFilter, BatchCheckPermissionsItem, BatchCheckPermissionsRequest, CheckPermissionRequest,
     permission_service_client::PermissionServiceClient, stream_audit_entries_request::Start,
 };
 use serde_json::json;
+use tokio::task::JoinSet;
 
 use crate::{
     consumer::Consumer,
     database::{Database, eventually},
+    deadlines::TableLock,
     names::id,
     server::{APPROVE, Server, config, fill, now, question, run_sql, set_role},
     web::Web,
@@ -222,6 +225,38 @@ async fn a_stream_is_open_until_its_caller_goes() {
         sample("hallpass_audit_streams").await < 1.0
     })
     .await;
+    server.stop().await;
+}
+
+/// What waits behind statements that hang is seen; that all of them are under way is not yet a trouble.
+#[tokio::test]
+async fn misses_that_wait_for_a_statement_are_seen_and_for_how_long() {
+    let database = Database::create().await;
+    fill(&database.client().await).await;
+    let server = Server::start(config(&database.url)).await;
+    let waited = async || {
+        let scrape = Scrape::of(&server).await;
+        scrape.samples["hallpass_load_wait_seconds"]
+    };
+    let lock = TableLock::take(&database, "public.profiles").await;
+    let mut asking = JoinSet::new();
+    let ask = |asking: &mut JoinSet<_>| {
+        let mut client = server.client();
+        asking.spawn(async move {
+            let asked = now(question("lincoln", "ann", APPROVE));
+            client.check_permission(asked).await.map(drop)
+        });
+    };
+    for statements in 1..=MISS_CONNECTIONS_MAX {
+        ask(&mut asking);
+        lock.until_waiting(i32::try_from(statements).unwrap()).await;
+    }
+    assert!(waited().await < 1e-9);
+    ask(&mut asking);
+    eventually("one waits", async || waited().await > 0.1).await;
+    lock.release();
+    while asking.join_next().await.is_some() {}
+    assert!(waited().await < 1e-9);
     server.stop().await;
 }
 

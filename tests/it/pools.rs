@@ -27,6 +27,7 @@ use crate::{
     database::{Database, as_role, eventually},
     deadlines::WAITING,
     names::id,
+    ops::Scrape,
     server::{APPROVE, Server, bounds, config, fill, question, run_sql, within},
 };
 
@@ -211,6 +212,12 @@ async fn lists_that_hang_leave_misses_alone() {
         .list_permission_holders(holders.clone())
         .await;
     assert_eq!(status.unwrap_err().code(), Code::ResourceExhausted);
+    // No alert about checks hears of them.
+    let scrape = Scrape::of(&server).await;
+    let refused = |class: &str| {
+        scrape.samples[&format!(r#"hallpass_refusals_total{{limit="database",class="{class}"}}"#)]
+    };
+    assert!(refused("list") >= 1.0 && refused("check") < 1.0);
     let unlock = "SELECT pg_advisory_unlock(42)";
     client.batch_execute(unlock).await.unwrap();
     let mut answered = 0;

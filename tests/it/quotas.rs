@@ -15,7 +15,10 @@ use hallpass::{
 };
 use hallpass_client::{
     tonic::{Code, IntoRequest, Status, body::Body},
-    v1::CheckPermissionRequest,
+    v1::{
+        AuditFilter, CheckPermissionRequest, ListPermissionHoldersRequest,
+        stream_audit_entries_request::Start,
+    },
 };
 use http::Response;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -23,10 +26,12 @@ use tonic_types::StatusExt;
 use tower::{Layer, Service};
 
 use crate::{
+    consumer::Consumer,
     database::{Database, eventually},
     deadlines::TableLock,
     keyring::{Made, TIMING, client_with, config_with_keys},
     limits::assert_is_decent,
+    ops::Scrape,
     server::{APPROVE, Server, bounds, config, fill, now, question},
 };
 
@@ -212,6 +217,35 @@ async fn what_is_over_the_bound_is_refused_at_once_and_health_is_not() {
     );
     let (first, second) = tokio::join!(first, second);
     assert!(first.is_ok() && second.is_ok());
+    server.stop().await;
+}
+
+/// Alerts about checks hear of no list that is turned away.
+#[tokio::test]
+async fn what_finds_no_place_is_counted_by_class() {
+    let (server, _database) = start(Bounds {
+        requests_in_flight_max: 1,
+        ..bounds()
+    })
+    .await;
+    let filter = AuditFilter::default();
+    let stream = Consumer::start(&server.channel, Start::Earliest(true), filter).await;
+    let mut stream = stream.unwrap();
+    stream.next().await.unwrap();
+    let check = server.try_check(question("lincoln", "ann", APPROVE)).await;
+    assert!(is_overloaded(&check.unwrap_err()));
+    for _ in 0..2 {
+        let holders = ListPermissionHoldersRequest::default();
+        let list = server.client().list_permission_holders(holders).await;
+        assert!(is_overloaded(&list.unwrap_err()));
+    }
+    let scrape = Scrape::of(&server).await;
+    for (class, expected) in [("check", 1.0), ("list", 2.0), ("health", 0.0)] {
+        let labels = format!(r#"{{limit="requests-in-flight",class="{class}"}}"#);
+        let found = scrape.samples[&format!("hallpass_refusals_total{labels}")];
+        assert!((found - expected).abs() < 1e-9, "{class}: {found}");
+    }
+    drop(stream);
     server.stop().await;
 }
 

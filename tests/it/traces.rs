@@ -13,7 +13,7 @@ use hallpass::{
     telemetry::otlp::Export,
 };
 use hallpass_client::{
-    tonic::{Code, Request, Response, Status, transport},
+    tonic::{Code, Request, Response, Status, metadata::MetadataMap, transport},
     v1::{
         CheckPermissionRequest, PutMemberRequest, admin_service_client::AdminServiceClient,
         permission_service_client::PermissionServiceClient,
@@ -531,9 +531,22 @@ fn field<'a>(line: &'a str, name: &str) -> &'a str {
         .trim_matches('"')
 }
 
-/// Takes metrics, and keeps the last.
+/// Takes metrics, from those with its token where it has one, and keeps the last.
 #[derive(Clone, Default)]
-struct MetricsCollector(Arc<Mutex<Option<ExportMetricsServiceRequest>>>);
+struct MetricsCollector {
+    last: Arc<Mutex<Option<ExportMetricsServiceRequest>>>,
+    authorization: Option<&'static str>,
+}
+
+impl MetricsCollector {
+    fn serve(&self, listener: TcpListener) {
+        let service = MetricsServiceServer::new(self.clone());
+        let serving = transport::Server::builder().add_service(service);
+        drop(tokio::spawn(
+            serving.serve_with_incoming(TcpListenerStream::new(listener)),
+        ));
+    }
+}
 
 #[hallpass_client::tonic::async_trait]
 impl MetricsService for MetricsCollector {
@@ -541,7 +554,13 @@ impl MetricsService for MetricsCollector {
         &self,
         request: Request<ExportMetricsServiceRequest>,
     ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
-        *self.0.lock().unwrap() = Some(request.into_inner());
+        let said = request.metadata().get("authorization");
+        if self.authorization.is_some()
+            && said.map(|said| said.to_str().unwrap()) != self.authorization
+        {
+            return Err(Status::unauthenticated("who are you"));
+        }
+        *self.last.lock().unwrap() = Some(request.into_inner());
         Ok(Response::new(ExportMetricsServiceResponse::default()))
     }
 }
@@ -558,6 +577,7 @@ async fn metrics_are_sent_to_whom_they_are_asked_for() {
         metrics_export: Some(Export {
             endpoint: format!("http://{address}"),
             interval: Duration::from_millis(50),
+            headers: MetadataMap::new(),
         }),
         ..config(&database.url)
     })
@@ -565,16 +585,12 @@ async fn metrics_are_sent_to_whom_they_are_asked_for() {
     server.check("lincoln", "ann", APPROVE).await;
     let listener = TcpListener::bind(address).await.unwrap();
     let collector = MetricsCollector::default();
-    let service = MetricsServiceServer::new(collector.clone());
-    let serving = transport::Server::builder().add_service(service);
-    drop(tokio::spawn(
-        serving.serve_with_incoming(TcpListenerStream::new(listener)),
-    ));
+    collector.serve(listener);
     eventually("metrics come", async || {
-        collector.0.lock().unwrap().is_some()
+        collector.last.lock().unwrap().is_some()
     })
     .await;
-    let sent = collector.0.lock().unwrap().clone().unwrap();
+    let sent = collector.last.lock().unwrap().clone().unwrap();
     let resource = sent.resource_metrics[0].resource.clone().unwrap();
     assert!(
         resource
@@ -601,4 +617,39 @@ async fn metrics_are_sent_to_whom_they_are_asked_for() {
         "{names:?}"
     );
     server.stop().await;
+}
+
+/// A token in the environment is sent with metrics, as it is with traces.
+#[tokio::test]
+async fn a_collector_of_metrics_is_told_what_it_wants_to_be_told() {
+    let database = filled().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let collector = MetricsCollector {
+        authorization: Some("Bearer s3cret"),
+        ..MetricsCollector::default()
+    };
+    collector.serve(listener);
+    let directory = temporary_directory();
+    let socket = directory.path().join("socket");
+    let mut service = Command::new(HALLPASS)
+        .args(["serve", "--lame-duck=0ms", "--database-url"])
+        .arg(as_role(&database.url, "hallpass_service"))
+        .arg(format!("--grpc-listen=unix:{}", socket.display()))
+        .args(["--http-listen=none", "--ops-listen=none"])
+        .args(["--otlp-metrics-interval=50ms", "--otlp-endpoint", &endpoint])
+        .env(
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            "authorization=Bearer%20s3cret",
+        )
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    eventually("metrics are taken", async || {
+        collector.last.lock().unwrap().is_some()
+    })
+    .await;
+    service.kill().await.unwrap();
 }

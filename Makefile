@@ -33,7 +33,7 @@ NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/no
 PYTHON = target/python/bin/python
 
 .PHONY: help alerts demo examples test lint lint-alerts lint-dependencies lint-deploy lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
-	audit-figures audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
+	audit-figures bench audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -157,11 +157,17 @@ mutants: examples ## take out one safety check after the other and see the tests
 	@tools/prerequisites.sh rust cc postgresql
 	@tools/mutants.sh $(ONLY)
 
+bench: ## measure a check beside an empty RPC, under load, and as users, members and changes grow; writes target/bench/
+	@tools/prerequisites.sh rust cc postgresql
+	@$(CARGO) build --release --locked --quiet
+	@mkdir -p target/bench
+	@target/release/hallpass bench --baseline --data-dir target/bench/data --json target/bench/load.json --svg target/bench/load.svg
+	@$(CARGO) bench --locked --quiet --bench growth -- --json target/bench/growth.json
+
 figures: ## measure, and print the figures
 	@tools/prerequisites.sh rust cc postgresql
 	@$(CARGO) bench --locked --bench figures
 	@$(CARGO) bench --locked --bench adoption
-	@$(CARGO) bench --locked --bench growth
 	@$(CARGO) bench --locked --bench credentials
 
 attacks: ## attack the service over loopback, and print what a well-behaved caller gets; ONLY=part of an attack's name

@@ -33,7 +33,7 @@ NODE_MODULES = examples/express/node_modules/.package-lock.json examples/node/no
 PYTHON = target/python/bin/python
 
 .PHONY: help alerts demo examples test lint lint-alerts lint-dependencies lint-deploy lint-fuzz lint-http lint-mutants lint-rust lint-proto lint-scripts advisories attacks \
-	audit-figures bench audit-kills audit-plans audit-stress freeze fuzz mutants figures overload sbom torture torture-mutants revocation web-figures
+	audit-figures bench audit-kills audit-plans audit-stress freeze fuzz instructions mutants figures overload sbom torture torture-mutants revocation web-figures
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -163,6 +163,10 @@ bench: ## measure a check beside an empty RPC, under load, and as users, members
 	@mkdir -p target/bench
 	@target/release/hallpass bench --baseline --data-dir target/bench/data --json target/bench/load.json --svg target/bench/load.svg
 	@$(CARGO) bench --locked --quiet --bench growth -- --json target/bench/growth.json
+
+instructions: ## count the instructions of a cached check, and fail when they have grown
+	@tools/prerequisites.sh rust cc valgrind
+	@tools/instructions.sh
 
 figures: ## measure, and print the figures
 	@tools/prerequisites.sh rust cc postgresql

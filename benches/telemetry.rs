@@ -45,7 +45,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         slow_request: Some(Duration::from_millis(500)),
     });
     let traces = Arc::new(traces?);
-    let layer = ObserveLayer::new(calls, GRPC_OUTCOMES, traces);
+    let layer = ObserveLayer::new(calls, &GRPC_OUTCOMES, traces);
     let counts = Counts::default();
     let mut costs: Vec<f64> = (0..ROUNDS)
         .map(|_| {

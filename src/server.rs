@@ -256,7 +256,7 @@ pub async fn run(
         Arc::clone(&limits),
         ObserveLayer::new(
             Arc::clone(&observed.grpc),
-            GRPC_OUTCOMES,
+            &GRPC_OUTCOMES,
             Arc::clone(&traces),
         ),
         acceptor(listeners.grpc, &config.tls, &slots),

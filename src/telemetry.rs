@@ -48,10 +48,10 @@ pub struct Observed {
 impl Default for Observed {
     fn default() -> Self {
         // One more for what nobody serves.
-        let calls = |outcomes: Outcomes| Arc::new(Calls::new(ACCESS.len() + 1, outcomes.count));
+        let calls = |outcomes: &Outcomes| Arc::new(Calls::new(ACCESS.len() + 1, outcomes.count));
         Self {
-            grpc: calls(GRPC_OUTCOMES),
-            http: calls(HTTP_OUTCOMES),
+            grpc: calls(&GRPC_OUTCOMES),
+            http: calls(&HTTP_OUTCOMES),
         }
     }
 }

@@ -143,6 +143,11 @@ kubectl_program() {
     command -v kubectl >/dev/null || install kubectl 'brew install kubernetes-cli' kubernetes-client
 }
 
+valgrind_program() {
+    [ "$(uname)" = Linux ] || die 'valgrind is for Linux alone here'
+    command -v valgrind >/dev/null || install valgrind '' valgrind
+}
+
 for thing; do
     case $thing in
         rust) rust ;;
@@ -157,6 +162,7 @@ for thing; do
         promtool) promtool_program ;;
         systemd-analyze) systemd_analyze ;;
         kubectl) kubectl_program ;;
+        valgrind) valgrind_program ;;
         *) die "$0 knows no \`$thing\`" ;;
     esac
 done

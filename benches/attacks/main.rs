@@ -5,7 +5,6 @@
 //! speak of the service and not of the scheduler. Ends with 1 where something that is asked for does not hold.
 
 mod frames;
-mod load;
 mod overload;
 mod service;
 

@@ -2,19 +2,21 @@
 
 use std::{thread, time::Duration};
 
+use hallpass::load::{self, Draw, Outcome, Pace, Questions, Target};
 use hdrhistogram::Histogram;
 use rustix::{process::setpriority_process, thread::sched_setaffinity};
+use tokio::task::spawn_blocking;
 
-use crate::{
-    load::{self, Pace},
-    service::{self, Question, Result, Service},
-};
+use crate::service::{self, LISTEN, Question, Result, Service};
 
 /// The service's. With the load on the same core, a refusal waits for whoever is to read it.
 const SERVICE_CORE: usize = 0;
 
 /// Calls at once that find the peak: nearly as many as one caller may have.
 const AT_ONCE: usize = 240;
+
+/// As a real caller's pool has; together more calls than the service lets one caller have.
+const CONNECTIONS: usize = 16;
 
 const PEAK: Duration = Duration::from_secs(4);
 const OVERLOAD: Duration = Duration::from_secs(6);
@@ -62,39 +64,45 @@ pub(crate) async fn run(service: &Service) -> Result<bool> {
 }
 
 async fn one(service: &Service, question: Question) -> Result<bool> {
-    let messages = service.questions(question);
-    let peak = load::run(&messages, Pace::AtOnce(AT_ONCE), PEAK)
+    let questions = Questions {
+        path: "/hallpass.v1.PermissionService/CheckPermission",
+        token: None,
+        messages: service.questions(question).into(),
+        draw: Draw::InTurn,
+    };
+    let peak = load(questions.clone(), Pace::AtOnce(AT_ONCE), PEAK)
         .await?
-        .answered;
+        .a_second();
     let offered = peak * 3.0;
     let watcher = service.caller(1).await?;
-    let (tally, health) = tokio::join!(
-        load::run(&messages, Pace::ASecond(offered), OVERLOAD),
+    let (outcome, health) = tokio::join!(
+        load(questions, Pace::ASecond(offered), OVERLOAD),
         watcher.watch_health(OVERLOAD)
     );
-    let tally = tally?;
+    let outcome = outcome?;
     let (serving, asked, longest) = health;
+    let a_second = |calls: u64| calls as f64 / outcome.elapsed.as_secs_f64();
     println!(
         "{:10}{:>9.0}{:>9.0}{:>9.0}{:>9.0}{:>10.0}{:>24}{:>28}{:>12}",
         format!("{question:?}").to_lowercase(),
         peak,
         offered,
-        tally.answered,
-        tally.refused,
-        tally.lost,
-        percentiles(&tally.answered_in, &[0.5, 0.99]),
-        percentiles(&tally.refused_in, &[0.5, 0.95, 0.99]),
+        outcome.a_second(),
+        a_second(outcome.refused),
+        a_second(outcome.lost),
+        percentiles(&outcome.answered_in, &[0.5, 0.99]),
+        percentiles(&outcome.refused_in, &[0.5, 0.95, 0.99]),
         format!("{serving}/{asked}")
     );
-    let refused_in = |quantile| tally.refused_in.value_at_quantile(quantile);
+    let refused_in = |quantile| outcome.refused_in.value_at_quantile(quantile);
     let max = u64::try_from(REFUSED_IN_MAX.as_micros())?;
     let asked_for = [
         (
             format!(
                 "goodput is at least 80 % of the peak: {:.0} %",
-                tally.answered / peak * 100.0
+                outcome.a_second() / peak * 100.0
             ),
-            tally.answered >= peak * GOODPUT_MIN,
+            outcome.a_second() >= peak * GOODPUT_MIN,
         ),
         (
             "half of the refusals take under 5 ms".to_owned(),
@@ -113,6 +121,12 @@ async fn one(service: &Service, question: Question) -> Result<bool> {
         println!("  {} {what}", if *holds { "holds:" } else { "FAILS:" });
     }
     Ok(asked_for.iter().all(|(_, holds)| *holds))
+}
+
+async fn load(questions: Questions, pace: Pace, time: Duration) -> Result<Outcome> {
+    let target = Target::Tcp(LISTEN.to_owned());
+    let run = move || load::run(&target, &questions, pace, CONNECTIONS, 1, time);
+    Ok(spawn_blocking(run).await??)
 }
 
 fn percentiles(micros: &Histogram<u64>, quantiles: &[f64]) -> String {

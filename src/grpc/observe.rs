@@ -48,7 +48,7 @@ pub struct Outcomes {
 }
 
 /// google.rpc.Code, each as its own number.
-pub const GRPC_OUTCOMES: Outcomes = Outcomes {
+pub static GRPC_OUTCOMES: Outcomes = Outcomes {
     count: 17,
     good: Code::Ok as usize,
     cancelled: Code::Cancelled as usize,
@@ -74,7 +74,7 @@ const _: () = assert!(matches!(HTTP_STATUSES[HTTP_INTERNAL].as_bytes(), b"500"))
 const _: () = assert!(matches!(HTTP_STATUSES[HTTP_LATE].as_bytes(), b"504"));
 
 /// Statuses of HTTP, each by its place in [`HTTP_STATUSES`].
-pub const HTTP_OUTCOMES: Outcomes = Outcomes {
+pub static HTTP_OUTCOMES: Outcomes = Outcomes {
     count: HTTP_STATUSES.len(),
     good: 0,
     cancelled: 1,
@@ -95,14 +95,14 @@ pub struct ObserveLayer(Arc<Observer>);
 /// Who is told of calls.
 struct Observer {
     calls: Arc<Calls>,
-    outcomes: Outcomes,
+    outcomes: &'static Outcomes,
     traces: Arc<Traces>,
 }
 
 impl ObserveLayer {
     /// `calls` has as many outcomes as these are.
     #[must_use]
-    pub fn new(calls: Arc<Calls>, outcomes: Outcomes, traces: Arc<Traces>) -> Self {
+    pub fn new(calls: Arc<Calls>, outcomes: &'static Outcomes, traces: Arc<Traces>) -> Self {
         Self(Arc::new(Observer {
             calls,
             outcomes,
@@ -134,14 +134,9 @@ struct Call {
 impl Call {
     /// Works on the call. A panic leaves it panicked: what is dropped later than it unwinds could not tell.
     fn work<T>(&mut self, work: impl FnOnce(&mut Option<Trail>) -> T) -> T {
-        let Outcomes {
-            panicked,
-            cancelled,
-            ..
-        } = self.observer.outcomes;
-        self.outcome = panicked;
+        self.outcome = self.observer.outcomes.panicked;
         let done = work(&mut self.trail);
-        self.outcome = cancelled;
+        self.outcome = self.observer.outcomes.cancelled;
         done
     }
 }
@@ -178,7 +173,7 @@ pin_project! {
         #[pin]
         answer: F,
         call: Option<Call>,
-        outcomes: Outcomes,
+        outcomes: &'static Outcomes,
         is_whole: bool,
     }
 }
@@ -233,7 +228,7 @@ where
         Observed {
             is_whole: method.answer == Answer::Message,
             answer: call.work(|trail| trail::within(trail, || self.inner.call(request))),
-            outcomes: *outcomes,
+            outcomes,
             call: Some(call),
         }
     }
@@ -276,7 +271,7 @@ pin_project! {
         #[pin]
         messages: A,
         call: Option<Call>,
-        outcomes: Outcomes,
+        outcomes: &'static Outcomes,
     }
 }
 

@@ -122,7 +122,7 @@ impl Entrance {
         routes.layer(
             ServiceBuilder::new()
                 .layer(middleware::from_fn(headers::with_request_id))
-                .layer(ObserveLayer::new(calls, HTTP_OUTCOMES, traces))
+                .layer(ObserveLayer::new(calls, &HTTP_OUTCOMES, traces))
                 .map_response(move |response| headers::secured(response, has_tls))
                 .option_layer(headers::cors(cors_origins))
                 .layer(middleware::from_fn(failure::as_json))

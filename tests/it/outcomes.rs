@@ -61,7 +61,7 @@ impl Body for Broken {
 }
 
 /// Makes a call that panics. A task drops it as the panic unwinds; a batch of calls, when it has.
-async fn panic_in(defect: Defect, is_task: bool, calls: &Arc<Calls>, outcomes: Outcomes) {
+async fn panic_in(defect: Defect, is_task: bool, calls: &Arc<Calls>, outcomes: &'static Outcomes) {
     let traces = Traces::new(&config("postgresql://u@h/d").traces).unwrap();
     let layer = ObserveLayer::new(Arc::clone(calls), outcomes, Arc::new(traces));
     let mut service = layer.layer(service_fn(move |_: Request<()>| {
@@ -111,8 +111,8 @@ async fn a_call_that_panics_is_counted_as_a_defect() {
         .position(|(name, ..)| *name == STREAM)
         .unwrap();
     for (outcomes, expected) in [
-        (GRPC_OUTCOMES, Code::Internal as usize),
-        (HTTP_OUTCOMES, internal.unwrap()),
+        (&GRPC_OUTCOMES, Code::Internal as usize),
+        (&HTTP_OUTCOMES, internal.unwrap()),
     ] {
         for defect in [
             Defect::AtTheCall,

@@ -3,7 +3,7 @@
 use anyhow::anyhow;
 use plotters::prelude::{
     ChartBuilder, Color, IntoDrawingArea, IntoFont, IntoLogRange, LineSeries, PathElement,
-    RGBColor, SVGBackend, WHITE,
+    RGBColor, SVGBackend, SeriesLabelPosition, WHITE,
 };
 
 use super::report::{Report, Row};
@@ -46,6 +46,7 @@ pub(super) fn latency_by_load(report: &Report) -> anyhow::Result<String> {
             .map_err(|error| failed(&error))?;
         chart
             .configure_mesh()
+            .max_light_lines(4)
             .x_desc("checks a second, open loop")
             .y_desc("milliseconds from when a check is due")
             .x_label_formatter(&|value| format!("{value:.0}"))
@@ -66,6 +67,7 @@ pub(super) fn latency_by_load(report: &Report) -> anyhow::Result<String> {
         }
         chart
             .configure_series_labels()
+            .position(SeriesLabelPosition::UpperLeft)
             .background_style(WHITE)
             .border_style(RGBColor(0xbb, 0xbb, 0xbb))
             .draw()

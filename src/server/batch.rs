@@ -19,6 +19,10 @@ use pin_project_lite::pin_project;
 
 type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 
+/// Each has its places among the calls under way from when it is read: a caller that sends a thousand at once has no more of
+/// them than if they were answered one by one. A write of so many answers is a kilobyte or two, and its cost is little each.
+const TOGETHER_MAX: usize = 32;
+
 /// The calls that a connection has read and nobody has looked at.
 #[derive(Clone, Default)]
 pub(super) struct Calls(Arc<Mutex<Vec<Call>>>);
@@ -28,7 +32,14 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, call: F) {
-        self.lock().push(Box::pin(call));
+        let is_full = {
+            let mut calls = self.lock();
+            calls.push(Box::pin(call));
+            calls.len() >= TOGETHER_MAX
+        };
+        if is_full {
+            self.answer();
+        }
     }
 }
 
@@ -39,10 +50,10 @@ impl Calls {
     }
 
     /// Answers what can be answered now; says whether there was anything.
-    fn answer(&self, room: &mut Vec<Call>) -> bool {
-        mem::swap(&mut *self.lock(), room);
-        let any = !room.is_empty();
-        for mut call in room.drain(..) {
+    fn answer(&self) -> bool {
+        let calls = mem::take(&mut *self.lock());
+        let any = !calls.is_empty();
+        for mut call in calls {
             // Whoever has to wait is polled again by a task, and tells that one's waker.
             let mut nobody = Context::from_waker(Waker::noop());
             let polled = catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(&mut nobody)));
@@ -62,17 +73,12 @@ pin_project! {
         #[pin]
         connection: C,
         calls: Calls,
-        room: Vec<Call>,
     }
 }
 
 impl<C> Batched<C> {
     pub(super) fn new(connection: C, calls: Calls) -> Self {
-        Self {
-            connection,
-            calls,
-            room: Vec::new(),
-        }
+        Self { connection, calls }
     }
 
     pub(super) fn connection(self: Pin<&mut Self>) -> Pin<&mut C> {
@@ -87,7 +93,7 @@ impl<C: Future> Future for Batched<C> {
         let mut this = self.project();
         loop {
             let polled = this.connection.as_mut().poll(context);
-            if polled.is_ready() || !this.calls.answer(this.room) {
+            if polled.is_ready() || !this.calls.answer() {
                 return polled;
             }
         }

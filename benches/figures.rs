@@ -1,4 +1,4 @@
-//! The figures of README.md: the real program on the demo's district, asked by one caller over loopback.
+//! What one caller sees, one call at a time: the real program on the demo's district, over loopback; and its start.
 //!
 //! Machines differ and are noisy: each latency stands beside a baseline taken on the same connection in the same run.
 

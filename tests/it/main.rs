@@ -33,6 +33,7 @@ mod audit_list;
 mod audit_standing;
 mod audit_stress;
 mod belief;
+mod bench;
 mod bypass;
 mod calls;
 mod commands;

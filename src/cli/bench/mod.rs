@@ -23,7 +23,6 @@ use self::{
     target::Target,
 };
 use crate::{
-    cli::answer,
     config::{ClientSettings, parse_duration},
     load::Draw,
 };
@@ -31,16 +30,13 @@ use crate::{
 /// Load a service and print what it did: latencies, answers a second, processor time an answer
 #[derive(Debug, Args)]
 pub(super) struct Bench {
-    /// Load this running service instead of one of its own: http://HOST:PORT, https://HOST:PORT or unix:PATH
-    #[arg(long, requires = "questions")]
-    target: Option<String>,
-
-    /// What to ask a running service: lines of ORGANIZATION,USER,PERMISSION
-    #[arg(long, requires = "target", value_name = "FILE")]
+    /// Load the running service at --endpoint instead of one of its own, with these questions: lines of
+    /// ORGANIZATION,USER,PERMISSION
+    #[arg(long, value_name = "FILE")]
     questions: Option<PathBuf>,
 
     /// The running service's process on this machine, for its processor time and memory
-    #[arg(long, requires = "target", value_name = "PID")]
+    #[arg(long, requires = "questions", value_name = "PID")]
     server_pid: Option<u32>,
 
     /// What to measure
@@ -48,23 +44,23 @@ pub(super) struct Bench {
     workloads: Vec<Workload>,
 
     /// Compare a check with an empty RPC, in turns: needs a service of its own
-    #[arg(long, conflicts_with = "target")]
+    #[arg(long, conflicts_with = "questions")]
     baseline: bool,
 
     /// Of the service's own database
-    #[arg(long, default_value_t = 50, conflicts_with = "target")]
+    #[arg(long, default_value_t = 50, conflicts_with = "questions")]
     organizations: usize,
 
     /// Of the service's own database, in all organizations together
-    #[arg(long, default_value_t = 10_000, conflicts_with = "target")]
+    #[arg(long, default_value_t = 10_000, conflicts_with = "questions")]
     members: usize,
 
     /// Where the service's own database is kept, for the next time
-    #[arg(long, default_value = ".hallpass", conflicts_with = "target")]
+    #[arg(long, default_value = ".hallpass", conflicts_with = "questions")]
     data_dir: PathBuf,
 
     /// Cores of the service's own; the load and the database have the others, where there are any
-    #[arg(long, default_value_t = 1, conflicts_with = "target")]
+    #[arg(long, default_value_t = 1, conflicts_with = "questions")]
     server_cores: usize,
 
     /// Connections to the service
@@ -103,7 +99,7 @@ pub(super) struct Bench {
     #[arg(long, default_value_t = 10)]
     streams: usize,
 
-    /// Write the figures as JSON to this file, or to standard output with `-`
+    /// Write the figures as JSON to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
@@ -163,15 +159,9 @@ impl Bench {
             Users::Uniform => Draw::Uniform,
             Users::Zipf => Draw::Zipf(ZIPF_EXPONENT),
         };
-        if let Some(endpoint) = &self.target {
-            let client = ClientSettings {
-                endpoint: endpoint.clone(),
-                ..self.client.clone()
-            };
-            let target = Target::running(&client, self.server_pid)?;
-            let file = self.questions.as_ref().context("--questions is missing")?;
-            let asked = Asked::read(file)?;
-            return self.measure(target, asked, draw, None).await;
+        if let Some(file) = &self.questions {
+            let target = Target::running(&self.client, self.server_pid)?;
+            return self.measure(target, Asked::read(file)?, draw, None).await;
         }
         let place = Place::of(self.server_cores)?;
         place.leave_the_service_its_cores()?;
@@ -201,12 +191,7 @@ impl Bench {
         let report = bench.run(&workloads).await?;
         if let Some(path) = &self.json {
             let json = serde_json::to_string_pretty(&report)? + "\n";
-            if path.as_os_str() == "-" {
-                answer(&json)?;
-            } else {
-                fs::write(path, json)
-                    .with_context(|| format!("cannot write {}", path.display()))?;
-            }
+            fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
         }
         if let Some(path) = &self.svg {
             let drawn = plot::latency_by_load(&report);

@@ -2,6 +2,8 @@
 //! key, on cores of its own where the machine has any to spare.
 
 use std::{
+    env,
+    ffi::OsStr,
     fs,
     net::TcpListener,
     ops::Range,
@@ -69,7 +71,12 @@ impl Place {
 
     /// Starts a program on the service's cores, with a thread for each.
     pub(super) fn start(&self, arguments: &[&str]) -> anyhow::Result<Process> {
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = Command::new(env::current_exe()?);
+        // What is measured has its defaults.
+        let settings = env::vars_os().filter(|(name, _)| is_setting(name));
+        for (name, _) in settings {
+            command.env_remove(name);
+        }
         command
             .args(arguments)
             .env("TOKIO_WORKER_THREADS", self.service.len().to_string())
@@ -81,6 +88,10 @@ impl Place {
         sched_setaffinity(None, &cores(&self.others))?;
         Ok(Process(started?))
     }
+}
+
+fn is_setting(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b"HALLPASS_")
 }
 
 fn cores(range: &Range<usize>) -> CpuSet {

@@ -11,7 +11,7 @@ use std::{
     mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     task::{Context, Poll, Waker},
 };
 
@@ -24,26 +24,38 @@ type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 const TOGETHER_MAX: usize = 32;
 
 /// The calls that a connection has read and nobody has looked at.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(super) struct Calls(Arc<Mutex<Vec<Call>>>);
 
-impl<F> hyper::rt::Executor<F> for Calls
+/// What hyper gives calls to. Each call has one of these, so that it must not keep alive what the call is in.
+#[derive(Clone)]
+pub(super) struct Queue(Weak<Mutex<Vec<Call>>>);
+
+impl<F> hyper::rt::Executor<F> for Queue
 where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, call: F) {
+        // Where the connection is gone, so is whoever would have the answer.
+        let Some(calls) = self.0.upgrade().map(Calls) else {
+            return;
+        };
         let is_full = {
-            let mut calls = self.lock();
-            calls.push(Box::pin(call));
-            calls.len() >= TOGETHER_MAX
+            let mut waiting = calls.lock();
+            waiting.push(Box::pin(call));
+            waiting.len() >= TOGETHER_MAX
         };
         if is_full {
-            self.answer();
+            calls.answer();
         }
     }
 }
 
 impl Calls {
+    pub(super) fn queue(&self) -> Queue {
+        Queue(Arc::downgrade(&self.0))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Call>> {
         // Nothing panics under the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -93,7 +105,8 @@ impl<C: Future> Future for Batched<C> {
         let mut this = self.project();
         loop {
             let polled = this.connection.as_mut().poll(context);
-            if polled.is_ready() || !this.calls.answer() {
+            // What was read before the connection ended is done all the same.
+            if !this.calls.answer() || polled.is_ready() {
                 return polled;
             }
         }

@@ -5,15 +5,18 @@
 use std::{
     convert::Infallible,
     future::Future,
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
     sync::{Arc, Mutex, PoisonError},
 };
 
+use futures_util::future::{Either, TryFutureExt, ready};
 use http::{Request, Response};
 use http_body::Body;
 use hyper::{body::Incoming, server::conn::http2::Builder, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prost::bytes::Bytes;
+use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, codec::CompressionEncoding, service::Routes, transport::Server};
 use tonic_health::pb::health_server::{Health, HealthServer};
@@ -22,7 +25,7 @@ use tower::{Service, ServiceBuilder};
 use super::{
     ServeError,
     accept::Acceptor,
-    batch::{Batched, Calls},
+    batch::{Batched, Calls, Queue},
     connections::{
         Connections, ERROR_RESETS_MAX, FRAME_BYTES_MAX, HEADER_LIST_BYTES_MAX,
         STREAMS_A_CONNECTION_MAX, UNSEEN_RESETS_MAX, WINDOW_BYTES,
@@ -126,14 +129,20 @@ where
     let calls = Mutex::new(calls);
     let service = service_fn(|mut request: Request<Incoming>| {
         request.extensions_mut().insert(peer.clone());
-        calls
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .call(request)
+        let called = catch_unwind(AssertUnwindSafe(|| {
+            let mut calls = calls.lock().unwrap_or_else(PoisonError::into_inner);
+            calls.call(request)
+        }));
+        if let Ok(answer) = called {
+            Either::Left(answer.map_err(|never| match never {}))
+        } else {
+            tracing::error!("a call panicked");
+            Either::Right(ready(Err(Panicked)))
+        }
     });
     let batch = Calls::default();
     let connection =
-        builder(&connections, batch.clone()).serve_connection(TokioIo::new(io), service);
+        builder(&connections, batch.queue()).serve_connection(TokioIo::new(io), service);
     let mut connection = pin!(Batched::new(connection, batch));
     let mut says_goodbye = pin!(goodbye(&connections, &stops));
     let ended = tokio::select! {
@@ -148,7 +157,12 @@ where
     }
 }
 
-fn builder(connections: &Connections, calls: Calls) -> Builder<Calls> {
+/// A call that ends alone: its stream is reset, and the connection goes on.
+#[derive(Debug, Error)]
+#[error("a call panicked")]
+struct Panicked;
+
+fn builder(connections: &Connections, calls: Queue) -> Builder<Queue> {
     let mut builder = Builder::new(calls);
     builder
         .timer(TokioTimer::new())

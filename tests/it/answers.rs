@@ -349,3 +349,43 @@ async fn too_many_items_are_refused_before_they_are_decoded() {
     assert!(server.try_check(asked).await.is_ok());
     server.stop().await;
 }
+
+/// hyper ends a connection on which somebody asks it to be a proxy, with what it has read before.
+#[tokio::test]
+async fn a_connection_that_ends_amid_calls_gives_their_places_back() {
+    const CALLS: usize = 20;
+    let (server, _database) = start(Bounds {
+        requests_in_flight_max: 2 * CALLS,
+        ..bounds()
+    })
+    .await;
+    for _ in 0..4 {
+        let mut client = with_window(&server, 65_535).await;
+        let mut open = Vec::new();
+        // Without a pause: they go out together.
+        for _ in 0..CALLS {
+            let request = Request::post(format!("{}/nobody.serves/This", server.endpoint));
+            open.push(
+                client
+                    .send_request(request.body(()).unwrap(), false)
+                    .unwrap(),
+            );
+        }
+        let proxy = Request::connect("127.0.0.1:1").header("content-length", "1");
+        let (answer, _body) = client.send_request(proxy.body(()).unwrap(), false).unwrap();
+        assert!(
+            within("the end of the connection", PROMPT, answer)
+                .await
+                .is_err()
+        );
+    }
+    eventually("calls find their places", async || {
+        let mut free = Vec::new();
+        for _ in 0..CALLS {
+            free.push(refused(&server, "192.0.2.1").await.is_none());
+        }
+        free.iter().all(|is_free| *is_free)
+    })
+    .await;
+    server.stop().await;
+}

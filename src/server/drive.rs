@@ -46,7 +46,7 @@ pub(super) async fn drive<C>(
     }
 }
 
-/// A call that panics ends its connection, and no other.
+/// A connection that panics ends alone.
 fn or_log(ended: Result<(), JoinError>) {
     if let Err(error) = ended {
         tracing::error!(%error, "a connection's task ended");

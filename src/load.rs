@@ -66,7 +66,12 @@ pub enum Pace {
     /// So many calls are under way all the time, on all connections together: a closed loop.
     AtOnce(usize),
     /// So many calls a second become due, at random, whatever has become of those before: an open loop.
-    ASecond(f64),
+    ASecond {
+        calls: f64,
+        /// What is due is sent, and what has come is read, once in this time and no more often: what a thread takes of its
+        /// core is bounded, and each latency may be longer by this.
+        turn: Duration,
+    },
 }
 
 /// What came back.
@@ -114,7 +119,10 @@ pub fn run(
     let pace = match pace {
         Pace::AtOnce(calls) => Pace::AtOnce(calls.div_ceil(connections)),
         #[allow(clippy::cast_precision_loss, reason = "a number of threads")]
-        Pace::ASecond(calls) => Pace::ASecond(calls / threads as f64),
+        Pace::ASecond { calls, turn } => Pace::ASecond {
+            calls: calls / threads as f64,
+            turn,
+        },
     };
     let mut loads = Vec::new();
     for thread in 0..threads {
@@ -292,7 +300,7 @@ impl Load {
                         }
                     }
                 }
-                Pace::ASecond(a_second) => {
+                Pace::ASecond { calls, .. } => {
                     while next_due <= now && next_due < end {
                         let message = &self.messages[self.picker.pick()];
                         let count = self.connections.len();
@@ -305,15 +313,20 @@ impl Load {
                             }
                             None => self.outcome.lost += 1,
                         }
-                        next_due += self.picker.gap(a_second);
+                        next_due += self.picker.gap(calls);
                     }
                 }
             }
+            self.send()?;
             let until = match self.pace {
                 Pace::AtOnce(_) => end,
-                Pace::ASecond(_) => next_due.min(end),
+                Pace::ASecond { turn, .. } => {
+                    let rest = (now + turn).saturating_duration_since(Instant::now());
+                    poll(&mut [], Some(&timespec(rest)))?;
+                    next_due.min(end)
+                }
             };
-            now = self.exchange(until)?;
+            now = self.receive(until)?;
         }
         self.outcome.generator =
             (thread_time() - processor_time).as_secs_f64() / self.time.as_secs_f64();
@@ -325,18 +338,20 @@ impl Load {
                 .iter()
                 .any(|connection| connection.under_way() > 0)
         {
-            now = self.exchange(end)?;
+            self.send()?;
+            now = self.receive(end)?;
         }
         let under_way = self.connections.iter().map(Connection::under_way);
         self.outcome.lost += under_way.sum::<usize>() as u64;
         Ok(self.outcome)
     }
 
-    /// Sends what is to be sent and takes what has come, or waits for that; returns when.
-    fn exchange(&mut self, until: Instant) -> io::Result<Instant> {
-        for connection in &mut self.connections {
-            connection.send()?;
-        }
+    fn send(&mut self) -> io::Result<()> {
+        self.connections.iter_mut().try_for_each(Connection::send)
+    }
+
+    /// Takes what has come, or waits for that; returns when.
+    fn receive(&mut self, until: Instant) -> io::Result<Instant> {
         let wait = until.saturating_duration_since(Instant::now());
         let mut ready: Vec<PollFd<'_>> = (self.connections.iter())
             .map(|connection| {
@@ -350,14 +365,13 @@ impl Load {
             .collect();
         poll(&mut ready, Some(&timespec(wait)))?;
         let readable: Vec<bool> = (ready.iter()).map(|fd| !fd.revents().is_empty()).collect();
-        let now = Instant::now();
         for (connection, _) in (self.connections.iter_mut().zip(readable)).filter(|(_, is)| *is) {
             connection.receive(|ended, due, sample| {
-                self.outcome.count(ended, due, now);
+                self.outcome.count(ended, due, Instant::now());
                 self.outcome.samples.extend(sample);
             })?;
         }
-        Ok(now)
+        Ok(Instant::now())
     }
 }
 

@@ -108,13 +108,13 @@ async fn run(overloads: bool, arguments: &[String]) -> Result<ExitCode> {
         directory.path(),
         std::os::unix::fs::PermissionsExt::from_mode(0o755),
     )?;
-    let (threads, niceness) = if overloads {
-        (1, overload::NICENESS)
+    let threads = if overloads {
+        1
     } else {
-        (std::thread::available_parallelism()?.get(), 0)
+        std::thread::available_parallelism()?.get()
     };
     let data = directory.path().join("data");
-    let service = Service::start(&data, threads, niceness).await?;
+    let service = Service::start(&data, threads).await?;
     let holds = if overloads {
         overload::run(&service).await?
     } else {

@@ -49,11 +49,9 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// Fills a private database with the demo's district and serves it, with so many threads, both with so much less claim to
-    /// a core than this program.
-    pub(crate) async fn start(data_dir: &Path, threads: usize, niceness: i32) -> Result<Self> {
-        let process = Command::new("nice")
-            .args(["-n", &niceness.to_string(), env!("CARGO_BIN_EXE_hallpass")])
+    /// Fills a private database with the demo's district and serves it, with so many threads.
+    pub(crate) async fn start(data_dir: &Path, threads: usize) -> Result<Self> {
+        let process = Command::new(env!("CARGO_BIN_EXE_hallpass"))
             .args([
                 "demo",
                 "--http-listen",
@@ -91,6 +89,10 @@ impl Service {
             sched_setaffinity(Pid::from_raw(thread), &core)?;
         }
         Ok(())
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     /// What the process holds in memory, in megabytes.

@@ -179,7 +179,7 @@ impl Connection {
     }
 
     pub(super) fn has_more_to_send(&self) -> bool {
-        self.sent < self.out.len()
+        self.sent < self.out.len() || self.transport.wants_write()
     }
 
     /// A call that is due then.
@@ -223,7 +223,7 @@ impl Connection {
     }
 
     pub(super) fn send(&mut self) -> io::Result<()> {
-        while self.has_more_to_send() {
+        while self.sent < self.out.len() {
             match self.transport.write(&self.out[self.sent..])? {
                 Some(written) => self.sent += written,
                 None => return Ok(()),
@@ -231,7 +231,7 @@ impl Connection {
         }
         self.out.clear();
         self.sent = 0;
-        Ok(())
+        self.transport.flush()
     }
 
     /// Takes what has come, and tells of each call that has ended.

@@ -95,13 +95,22 @@ impl Transport {
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<Option<usize>> {
         or_later(match self {
             Self::Tcp(stream) => stream.write(bytes),
-            Self::Tls(stream) => {
-                let written = stream.write(bytes);
-                let _ = or_later(stream.flush())?;
-                written
-            }
+            Self::Tls(stream) => stream.write(bytes),
             Self::Unix(stream) => stream.write(bytes),
         })
+    }
+
+    /// Sends what TLS has taken and the socket has not.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        if let Self::Tls(stream) = self {
+            or_later(stream.flush())?;
+        }
+        Ok(())
+    }
+
+    /// Whether there is anything to flush.
+    pub(super) fn wants_write(&self) -> bool {
+        matches!(self, Self::Tls(stream) if stream.conn.wants_write())
     }
 }
 

@@ -13,6 +13,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     task::{Context, Poll, Waker},
+    time::{Duration, Instant},
 };
 
 use pin_project_lite::pin_project;
@@ -22,6 +23,10 @@ type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// Each has its places among the calls under way from when it is read: a caller that sends a thousand at once has no more of
 /// them than if they were answered one by one. A write of so many answers is a kilobyte or two, and its cost is little each.
 const TOGETHER_MAX: usize = 32;
+
+/// Beyond this a call is a task: what a connection is asked together must not take a thread, or keep its short calls waiting
+/// behind long ones, while other threads have nothing to do.
+const TOGETHER_TIME_MAX: Duration = Duration::from_micros(500);
 
 /// The calls that a connection has read and nobody has looked at.
 #[derive(Default)]
@@ -65,7 +70,12 @@ impl Calls {
     fn answer(&self) -> bool {
         let calls = mem::take(&mut *self.lock());
         let any = !calls.is_empty();
+        let started = Instant::now();
         for mut call in calls {
+            if started.elapsed() > TOGETHER_TIME_MAX {
+                drop(tokio::spawn(call));
+                continue;
+            }
             // Whoever has to wait is polled again by a task, and tells that one's waker.
             let mut nobody = Context::from_waker(Waker::noop());
             let polled = catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(&mut nobody)));
@@ -109,6 +119,43 @@ impl<C: Future> Future for Batched<C> {
             if !this.calls.answer() || polled.is_ready() {
                 return polled;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future;
+
+    use hyper::rt::Executor as _;
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    /// A call that takes a thread for some time, and tells which task it was.
+    fn call(time: Duration, ended: &mpsc::UnboundedSender<Option<tokio::task::Id>>) -> Call {
+        let ended = ended.clone();
+        Box::pin(future::poll_fn(move |_| {
+            let started = Instant::now();
+            while started.elapsed() < time {}
+            let _ = ended.send(tokio::task::try_id());
+            Poll::Ready(())
+        }))
+    }
+
+    #[tokio::test]
+    async fn calls_behind_a_long_one_are_tasks() {
+        let (sender, mut ended) = mpsc::unbounded_channel();
+        let calls = Calls::default();
+        for time in [2 * TOGETHER_TIME_MAX, Duration::ZERO, Duration::ZERO] {
+            calls.queue().execute(call(time, &sender));
+        }
+        assert!(calls.answer());
+        let own = tokio::task::try_id();
+        assert_eq!(ended.recv().await, Some(own), "the long one");
+        for _ in 0..2 {
+            let task = ended.recv().await.flatten();
+            assert!(task.is_some() && task != own, "was {task:?}");
         }
     }
 }

@@ -311,7 +311,7 @@ impl Bench<'_> {
                 None => format!("  {rate:.0} a second"),
             };
             let row = self
-                .row(&what, &checks, Pace::ASecond(rate), 1)
+                .row(&what, &checks, at_rate(rate), 1)
                 .await?
                 .offered(rate);
             if share == Some(0.5) {
@@ -357,7 +357,7 @@ impl Bench<'_> {
         )]
         let count = (MISSES_A_SECOND * self.settings.duration.as_secs_f64() * 1.5) as usize + 1_000;
         let strangers = self.asked.checks_of_strangers(&self.target, count);
-        let pace = Pace::ASecond(MISSES_A_SECOND);
+        let pace = at_rate(MISSES_A_SECOND);
         let row = self
             .row("miss, 1,000 a second", &strangers, pace, 1)
             .await?;
@@ -382,6 +382,11 @@ impl Bench<'_> {
         show(&mut report.rows, row?);
         Ok(())
     }
+}
+
+fn at_rate(calls: f64) -> Pace {
+    let turn = Duration::ZERO;
+    Pace::ASecond { calls, turn }
 }
 
 fn show(rows: &mut Vec<Row>, row: Row) {

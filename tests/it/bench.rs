@@ -1,15 +1,17 @@
 //! `hallpass bench`: that it measures what it says, of a service of its own and of one that runs. Not how fast that is.
 
-use std::fs;
+use std::{fs, process::Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::{
-    commands::hallpass,
+    commands::{PATIENCE, command, hallpass},
     database::Database,
     names::id,
-    server::{APPROVE, Server, config, fill},
-    support::temporary_directory,
+    server::{APPROVE, Server, config, fill, within},
+    support::{HALLPASS, temporary_directory},
 };
 
 fn rows<'a>(report: &'a Value, list: &str) -> Vec<(&'a str, f64, u64)> {
@@ -99,6 +101,49 @@ async fn a_service_of_its_own_is_measured_in_every_way() {
         .unwrap();
     assert_eq!(looked_into, cached);
     assert!(fs::read_to_string(&svg).unwrap().contains("<svg"));
+}
+
+/// Processes of which an argument names this.
+fn processes_of(named: &str) -> usize {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let command_lines = processes.filter_map(|one| fs::read(one.path().join("cmdline")).ok());
+    command_lines
+        .filter(|line| String::from_utf8_lossy(line).contains(named))
+        .count()
+}
+
+#[tokio::test]
+async fn what_it_has_started_ends_when_it_is_told_to_end() {
+    let directory = temporary_directory();
+    let data = directory.path().join("data");
+    let arguments = ["bench", "--organizations", "1", "--members", "20"];
+    let mut bench = command(HALLPASS)
+        .args(arguments)
+        .args(["--duration", "1h", "--data-dir"])
+        .arg(&data)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(bench.stdout.take().unwrap()).lines();
+    let measures = async {
+        while let Some(line) = lines.next_line().await.unwrap() {
+            if line.contains("calls/s") {
+                return true;
+            }
+        }
+        false
+    };
+    assert!(within("it measures", PATIENCE, measures).await);
+    let named = data.to_str().unwrap();
+    // Itself, PostgreSQL and the service.
+    assert!(processes_of(named) >= 3);
+
+    let pid = i32::try_from(bench.id().unwrap()).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
+    let status = within("it ends", PATIENCE, bench.wait()).await.unwrap();
+    assert_eq!(status.code(), Some(2));
+    assert_eq!(processes_of(named), 0);
 }
 
 #[tokio::test]

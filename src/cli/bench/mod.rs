@@ -23,6 +23,7 @@ use self::{
     target::Target,
 };
 use crate::{
+    cli::interrupted,
     config::{ClientSettings, parse_duration},
     load::Draw,
 };
@@ -163,6 +164,15 @@ impl Bench {
             let target = Target::running(&self.client, self.server_pid)?;
             return self.measure(target, Asked::read(file)?, draw, None).await;
         }
+        // The programs that it has started end with it.
+        let interrupted = interrupted()?;
+        tokio::select! {
+            measured = self.measure_own(draw) => measured,
+            () = interrupted => bail!("interrupted"),
+        }
+    }
+
+    async fn measure_own(&self, draw: Draw) -> anyhow::Result<ExitCode> {
         let place = Place::of(self.server_cores)?;
         place.leave_the_service_its_cores()?;
         let own = Own::start(&self.data_dir, self.organizations, self.members, &place).await?;

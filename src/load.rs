@@ -66,12 +66,18 @@ pub enum Pace {
     /// So many calls are under way all the time, on all connections together: a closed loop.
     AtOnce(usize),
     /// So many calls a second become due, at random, whatever has become of those before: an open loop.
-    ASecond {
-        calls: f64,
-        /// What is due is sent, and what has come is read, once in this time and no more often: what a thread takes of its
-        /// core is bounded, and each latency may be longer by this.
-        turn: Duration,
-    },
+    ASecond(f64),
+}
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Callers {
+    pub connections: usize,
+    /// That share the connections.
+    pub threads: usize,
+    /// What is due is sent, and what has come is read, once in this time and no more often: a thread then takes less of its
+    /// core, and each latency is longer by one to two of these.
+    pub turn: Duration,
 }
 
 /// What came back.
@@ -81,8 +87,10 @@ pub struct Outcome {
     pub answered: u64,
     /// Calls answered by a status alone.
     pub refused: u64,
-    /// Calls answered after a second, or reset, or never, or not even sent.
+    /// Calls answered after a second, or reset, or never.
     pub lost: u64,
+    /// Calls that became due when each connection had as many under way as it carries.
+    pub unsent: u64,
     /// Microseconds from when a call was due until its answer had ended.
     pub answered_in: Histogram<u64>,
     pub refused_in: Histogram<u64>,
@@ -103,7 +111,7 @@ impl Outcome {
     }
 }
 
-/// Asks for some time, on so many connections that share so many threads. Blocks.
+/// Asks for some time. Blocks.
 ///
 /// # Errors
 /// When a connection cannot be made, is lost, or says what a gRPC service does not say.
@@ -111,18 +119,15 @@ pub fn run(
     target: &Target,
     questions: &Questions,
     pace: Pace,
-    connections: usize,
-    threads: usize,
+    callers: Callers,
     time: Duration,
 ) -> io::Result<Outcome> {
-    let threads = threads.clamp(1, connections);
+    let connections = callers.connections;
+    let threads = callers.threads.clamp(1, connections);
     let pace = match pace {
         Pace::AtOnce(calls) => Pace::AtOnce(calls.div_ceil(connections)),
         #[allow(clippy::cast_precision_loss, reason = "a number of threads")]
-        Pace::ASecond { calls, turn } => Pace::ASecond {
-            calls: calls / threads as f64,
-            turn,
-        },
+        Pace::ASecond(calls) => Pace::ASecond(calls / threads as f64),
     };
     let mut loads = Vec::new();
     for thread in 0..threads {
@@ -135,6 +140,7 @@ pub fn run(
             messages: Arc::clone(&questions.messages),
             picker: Picker::new(questions, thread, threads),
             pace,
+            turn: callers.turn,
             outcome: Outcome::new()?,
             time,
         });
@@ -174,6 +180,7 @@ impl Outcome {
             answered: 0,
             refused: 0,
             lost: 0,
+            unsent: 0,
             answered_in: histogram()?,
             refused_in: histogram()?,
             samples: Vec::new(),
@@ -187,6 +194,7 @@ impl Outcome {
         self.answered += other.answered;
         self.refused += other.refused;
         self.lost += other.lost;
+        self.unsent += other.unsent;
         // The bounds are the same.
         let _ = self.answered_in.add(other.answered_in);
         let _ = self.refused_in.add(other.refused_in);
@@ -276,6 +284,7 @@ struct Load {
     messages: Arc<[Vec<u8>]>,
     picker: Picker,
     pace: Pace,
+    turn: Duration,
     outcome: Outcome,
     time: Duration,
 }
@@ -287,8 +296,8 @@ impl Load {
         let processor_time = thread_time();
         let end = started + self.time;
         let mut next_due = started;
-        // Which connection is the next to be asked, in an open loop.
-        let mut turn = 0;
+        // To be asked, in an open loop.
+        let mut next_connection = 0;
         let mut now = Instant::now();
         while now < end {
             match self.pace {
@@ -300,31 +309,32 @@ impl Load {
                         }
                     }
                 }
-                Pace::ASecond { calls, .. } => {
+                Pace::ASecond(calls) => {
                     while next_due <= now && next_due < end {
                         let message = &self.messages[self.picker.pick()];
                         let count = self.connections.len();
+                        let mut in_turn = next_connection..next_connection + count;
                         let has_room =
-                            |turn: usize| self.connections[turn % count].under_way() < STREAMS_MAX;
-                        match (turn..turn + count).find(|turn| has_room(*turn)) {
+                            |next: &usize| self.connections[next % count].under_way() < STREAMS_MAX;
+                        match in_turn.find(has_room) {
                             Some(found) => {
                                 self.connections[found % count].ask(message, next_due);
-                                turn = found + 1;
+                                next_connection = found + 1;
                             }
-                            None => self.outcome.lost += 1,
+                            None => self.outcome.unsent += 1,
                         }
                         next_due += self.picker.gap(calls);
                     }
                 }
             }
             self.send()?;
+            let rest = (now + self.turn).saturating_duration_since(Instant::now());
+            if !rest.is_zero() {
+                poll(&mut [], Some(&timespec(rest)))?;
+            }
             let until = match self.pace {
                 Pace::AtOnce(_) => end,
-                Pace::ASecond { turn, .. } => {
-                    let rest = (now + turn).saturating_duration_since(Instant::now());
-                    poll(&mut [], Some(&timespec(rest)))?;
-                    next_due.min(end)
-                }
+                Pace::ASecond(_) => next_due.min(end),
             };
             now = self.receive(until)?;
         }
@@ -389,7 +399,7 @@ fn thread_time() -> Duration {
     Duration::new(seconds.unwrap_or(0), nanos.unwrap_or(0))
 }
 
-/// Processor time of all threads of a process so far, to the nanosecond.
+/// Processor time so far of all threads that a process has, to the nanosecond.
 ///
 /// # Errors
 /// When there is no such process, or it is another's.

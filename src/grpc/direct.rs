@@ -62,8 +62,9 @@ type Answered = Result<Response<Body>, Infallible>;
 impl<S, B> Service<Request<B>> for Direct<S>
 where
     S: Service<Request<Reread<B>>, Response = Response<Body>, Error = Infallible>,
+    S: Clone + Send + 'static,
     S::Future: Send + 'static,
-    B: http_body::Body<Data = Bytes> + Unpin,
+    B: http_body::Body<Data = Bytes, Error: Send> + Send + Unpin + 'static,
 {
     type Response = Response<Body>;
     type Error = Infallible;
@@ -80,6 +81,16 @@ where
             read: [None, None],
             rest,
         };
+        // A batch may take as long as a hundred checks: not while its connection still reads.
+        if head.uri.path() == BATCH {
+            let mut own = self.clone();
+            return Either::Right(Box::pin(async move {
+                match own.answer(&head, &mut body) {
+                    Some(answer) => Ok(answer),
+                    None => own.inner.call(Request::from_parts(head, body)).await,
+                }
+            }));
+        }
         match self.answer(&head, &mut body) {
             Some(answer) => Either::Left(ready(Ok(answer))),
             None => Either::Right(Box::pin(self.inner.call(Request::from_parts(head, body)))),

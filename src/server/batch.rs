@@ -24,17 +24,32 @@ type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// them than if they were answered one by one. A write of so many answers is a kilobyte or two, and its cost is little each.
 const TOGETHER_MAX: usize = 32;
 
-/// Beyond this a call is a task: what a connection is asked together must not take a thread, or keep its short calls waiting
-/// behind long ones, while other threads have nothing to do.
+/// When a connection has had a thread for so long, its further calls are tasks: short ones must not wait behind long ones while
+/// other threads have nothing to do.
 const TOGETHER_TIME_MAX: Duration = Duration::from_micros(500);
 
-/// The calls that a connection has read and nobody has looked at.
+/// The calls that a connection has read and nobody has polled.
 #[derive(Default)]
-pub(super) struct Calls(Arc<Mutex<Vec<Call>>>);
+pub(super) struct Calls(Arc<Mutex<Waiting>>);
+
+struct Waiting {
+    calls: Vec<Call>,
+    /// When the connection was polled.
+    since: Instant,
+}
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Self {
+            calls: Vec::new(),
+            since: Instant::now(),
+        }
+    }
+}
 
 /// What hyper gives calls to. Each call has one of these, so that it must not keep alive what the call is in.
 #[derive(Clone)]
-pub(super) struct Queue(Weak<Mutex<Vec<Call>>>);
+pub(super) struct Queue(Weak<Mutex<Waiting>>);
 
 impl<F> hyper::rt::Executor<F> for Queue
 where
@@ -46,7 +61,7 @@ where
             return;
         };
         let is_full = {
-            let mut waiting = calls.lock();
+            let waiting = &mut calls.lock().calls;
             waiting.push(Box::pin(call));
             waiting.len() >= TOGETHER_MAX
         };
@@ -61,18 +76,20 @@ impl Calls {
         Queue(Arc::downgrade(&self.0))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Call>> {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
         // Nothing panics under the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers what can be answered now; says whether there was anything.
     fn answer(&self) -> bool {
-        let calls = mem::take(&mut *self.lock());
+        let (calls, since) = {
+            let mut waiting = self.lock();
+            (mem::take(&mut waiting.calls), waiting.since)
+        };
         let any = !calls.is_empty();
-        let started = Instant::now();
         for mut call in calls {
-            if started.elapsed() > TOGETHER_TIME_MAX {
+            if since.elapsed() > TOGETHER_TIME_MAX {
                 drop(tokio::spawn(call));
                 continue;
             }
@@ -113,6 +130,7 @@ impl<C: Future> Future for Batched<C> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<C::Output> {
         let mut this = self.project();
+        this.calls.lock().since = Instant::now();
         loop {
             let polled = this.connection.as_mut().poll(context);
             // What was read before the connection ended is done all the same.
@@ -147,13 +165,24 @@ mod tests {
     async fn calls_behind_a_long_one_are_tasks() {
         let (sender, mut ended) = mpsc::unbounded_channel();
         let calls = Calls::default();
-        for time in [2 * TOGETHER_TIME_MAX, Duration::ZERO, Duration::ZERO] {
-            calls.queue().execute(call(time, &sender));
-        }
-        assert!(calls.answer());
+        let queue = calls.queue();
+        // As many at once as are answered together, and one more.
+        let mut read = Some(move || {
+            queue.execute(call(2 * TOGETHER_TIME_MAX, &sender));
+            for _ in 0..TOGETHER_MAX {
+                queue.execute(call(Duration::ZERO, &sender));
+            }
+        });
+        let connection = future::poll_fn(move |_| {
+            read.take().map_or(Poll::Ready(()), |read| {
+                read();
+                Poll::Pending
+            })
+        });
+        Batched::new(connection, calls).await;
         let own = tokio::task::try_id();
         assert_eq!(ended.recv().await, Some(own), "the long one");
-        for _ in 0..2 {
+        for _ in 0..TOGETHER_MAX {
             let task = ended.recv().await.flatten();
             assert!(task.is_some() && task != own, "was {task:?}");
         }

@@ -103,24 +103,28 @@ async fn a_service_of_its_own_is_measured_in_every_way() {
     assert!(fs::read_to_string(&svg).unwrap().contains("<svg"));
 }
 
-/// Processes of which an argument names this.
-fn processes_of(named: &str) -> usize {
-    let processes = fs::read_dir("/proc").unwrap().flatten();
-    let command_lines = processes.filter_map(|one| fs::read(one.path().join("cmdline")).ok());
-    command_lines
-        .filter(|line| String::from_utf8_lossy(line).contains(named))
-        .count()
+/// The processes that this one has started.
+fn children_of(pid: i32) -> Vec<i32> {
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    let all = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    all.filter(|child| parent_of(*child) == Some(pid)).collect()
+}
+
+/// `None` where there is no such process.
+fn parent_of(pid: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // PID (NAME) STATE PARENT, and a name may hold anything.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
 }
 
 #[tokio::test]
 async fn what_it_has_started_ends_when_it_is_told_to_end() {
     let directory = temporary_directory();
-    let data = directory.path().join("data");
-    let arguments = ["bench", "--organizations", "1", "--members", "20"];
     let mut bench = command(HALLPASS)
-        .args(arguments)
-        .args(["--duration", "1h", "--data-dir"])
-        .arg(&data)
+        .args(["bench", "--organizations", "1", "--members", "20"])
+        .args(["--baseline", "--duration", "1h", "--data-dir"])
+        .arg(directory.path().join("data"))
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -135,15 +139,20 @@ async fn what_it_has_started_ends_when_it_is_told_to_end() {
         false
     };
     assert!(within("it measures", PATIENCE, measures).await);
-    let named = data.to_str().unwrap();
-    // Itself, PostgreSQL and the service.
-    assert!(processes_of(named) >= 3);
-
     let pid = i32::try_from(bench.id().unwrap()).unwrap();
+    let children = children_of(pid);
+    assert_eq!(
+        children.len(),
+        3,
+        "PostgreSQL, the service and the empty RPC: {children:?}"
+    );
+
     kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
     let status = within("it ends", PATIENCE, bench.wait()).await.unwrap();
     assert_eq!(status.code(), Some(2));
-    assert_eq!(processes_of(named), 0);
+    for child in children {
+        assert_eq!(parent_of(child), None, "{child} has not ended");
+    }
 }
 
 #[tokio::test]
@@ -200,6 +209,11 @@ async fn a_running_service_is_asked_what_it_is_told() {
         );
     }
     fs::write(&questions, &line).unwrap();
+    for rate in ["0", "-1", "nan"] {
+        let rates = format!("--rates={rate}");
+        let ran = hallpass(&[&arguments[..], &[&rates]].concat()).await;
+        ran.assert_one_line("each of --rates must be more than 0");
+    }
     let changes = hallpass(&[&arguments[..], &["--workloads", "mixed"]].concat()).await;
     assert!(
         changes.code == 2 && changes.err.contains("of its own alone"),

@@ -38,7 +38,7 @@ impl Bench<'_> {
         let before = self.target.processor_time()?;
         own.write(settings.writes, sleep(settings.duration)).await?;
         sleep(SETTLING).await;
-        let after = self.target.processor_time()?;
+        let spent = self.target.processor_time_since(before)?;
         drop(end);
         let mut outcome = Outcome::new()?;
         while let Some(lags) = streams.join_next().await {
@@ -53,7 +53,6 @@ impl Bench<'_> {
             bail!("no entry arrived");
         }
         let what = format!("audit, {} streams, {}/s", settings.streams, settings.writes);
-        let spent = after.zip(before).map(|(after, before)| after - before);
         Ok(Row::new(&what, &outcome, 1, spent, self.target.memory()?))
     }
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     cli::list::connect,
-    load::{self, Draw, Outcome, Pace, Questions, Target as Address},
+    load::{self, Callers, Draw, Outcome, Pace, Questions, Target as Address},
     server::connections,
 };
 
@@ -209,11 +209,14 @@ impl Bench<'_> {
     ) -> anyhow::Result<(Outcome, Option<Duration>)> {
         let before = target.processor_time()?;
         let (address, questions) = (target.address.clone(), questions.clone());
-        let (count, threads) = (self.settings.connections, self.settings.threads);
-        let run = move || load::run(&address, &questions, pace, count, threads, time);
+        let callers = Callers {
+            connections: self.settings.connections,
+            threads: self.settings.threads,
+            turn: Duration::ZERO,
+        };
+        let run = move || load::run(&address, &questions, pace, callers, time);
         let outcome = spawn_blocking(run).await?.context("the load failed")?;
-        let after = target.processor_time()?;
-        let spent = after.zip(before).map(|(after, before)| after - before);
+        let spent = target.processor_time_since(before)?;
         Ok((outcome, spent))
     }
 
@@ -279,6 +282,13 @@ impl Bench<'_> {
         let (samples, cached) = cached(&own);
         let row = whole("check", own, self.target.memory()?).context("no round was measured")?;
         let peak = row.calls_a_second;
+        if peak == 0.0 {
+            bail!(
+                "no check was answered: {} refused, {} lost",
+                row.refused,
+                row.lost
+            );
+        }
         show(&mut report.rows, row);
         println!(
             "{:28}{cached} of {samples} answers that were looked into came from the cache",
@@ -311,7 +321,7 @@ impl Bench<'_> {
                 None => format!("  {rate:.0} a second"),
             };
             let row = self
-                .row(&what, &checks, at_rate(rate), 1)
+                .row(&what, &checks, Pace::ASecond(rate), 1)
                 .await?
                 .offered(rate);
             if share == Some(0.5) {
@@ -357,7 +367,7 @@ impl Bench<'_> {
         )]
         let count = (MISSES_A_SECOND * self.settings.duration.as_secs_f64() * 1.5) as usize + 1_000;
         let strangers = self.asked.checks_of_strangers(&self.target, count);
-        let pace = at_rate(MISSES_A_SECOND);
+        let pace = Pace::ASecond(MISSES_A_SECOND);
         let row = self
             .row("miss, 1,000 a second", &strangers, pace, 1)
             .await?;
@@ -382,11 +392,6 @@ impl Bench<'_> {
         show(&mut report.rows, row?);
         Ok(())
     }
-}
-
-fn at_rate(calls: f64) -> Pace {
-    let turn = Duration::ZERO;
-    Pace::ASecond { calls, turn }
 }
 
 fn show(rows: &mut Vec<Row>, row: Row) {

@@ -148,6 +148,13 @@ impl Bench {
             ("--batch-items", self.batch_items == 0),
             ("--organizations", self.organizations == 0),
             ("--server-cores", self.server_cores == 0),
+            (
+                "each of --rates",
+                !self
+                    .rates
+                    .iter()
+                    .all(|rate| rate.is_finite() && *rate > 0.0),
+            ),
         ] {
             if is_zero {
                 bail!("{what} must be more than 0");

@@ -69,7 +69,7 @@ impl Row {
             p999_micros: at(0.999),
             max_micros: outcome.answered_in.max(),
             refused: outcome.refused,
-            lost: outcome.lost,
+            lost: outcome.lost + outcome.unsent,
             memory_bytes,
             generator_busy: outcome.generator,
         }

@@ -52,6 +52,15 @@ impl Target {
         time.context("cannot read the service's processor time")
     }
 
+    /// `None` as well where threads have ended meanwhile with more than was spent: the kernel tells no more of them.
+    pub(super) fn processor_time_since(
+        &self,
+        before: Option<Duration>,
+    ) -> anyhow::Result<Option<Duration>> {
+        let spent = self.processor_time()?.zip(before);
+        Ok(spent.and_then(|(now, before)| now.checked_sub(before)))
+    }
+
     /// What the service holds in memory, in bytes.
     pub(super) fn memory(&self) -> anyhow::Result<Option<u64>> {
         let Some(pid) = self.pid else {

@@ -24,32 +24,18 @@ type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// them than if they were answered one by one. A write of so many answers is a kilobyte or two, and its cost is little each.
 const TOGETHER_MAX: usize = 32;
 
-/// When a connection has had a thread for so long, its further calls are tasks: short ones must not wait behind long ones while
-/// other threads have nothing to do.
+/// When calls that are answered together have taken so long, the rest of them are tasks: long ones do not keep short ones waiting
+/// while other threads have nothing to do. The time counts anew for the next [`TOGETHER_MAX`]: a task keeps its place until
+/// a thread has time for it, and a connection that went on to read and make tasks would take all places of its caller.
 const TOGETHER_TIME_MAX: Duration = Duration::from_micros(500);
 
 /// The calls that a connection has read and nobody has polled.
 #[derive(Default)]
-pub(super) struct Calls(Arc<Mutex<Waiting>>);
-
-struct Waiting {
-    calls: Vec<Call>,
-    /// When the connection was polled.
-    since: Instant,
-}
-
-impl Default for Waiting {
-    fn default() -> Self {
-        Self {
-            calls: Vec::new(),
-            since: Instant::now(),
-        }
-    }
-}
+pub(super) struct Calls(Arc<Mutex<Vec<Call>>>);
 
 /// What hyper gives calls to. Each call has one of these, so that it must not keep alive what the call is in.
 #[derive(Clone)]
-pub(super) struct Queue(Weak<Mutex<Waiting>>);
+pub(super) struct Queue(Weak<Mutex<Vec<Call>>>);
 
 impl<F> hyper::rt::Executor<F> for Queue
 where
@@ -61,7 +47,7 @@ where
             return;
         };
         let is_full = {
-            let waiting = &mut calls.lock().calls;
+            let mut waiting = calls.lock();
             waiting.push(Box::pin(call));
             waiting.len() >= TOGETHER_MAX
         };
@@ -76,20 +62,18 @@ impl Calls {
         Queue(Arc::downgrade(&self.0))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Call>> {
         // Nothing panics under the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers what can be answered now; says whether there was anything.
     fn answer(&self) -> bool {
-        let (calls, since) = {
-            let mut waiting = self.lock();
-            (mem::take(&mut waiting.calls), waiting.since)
-        };
+        let calls = mem::take(&mut *self.lock());
         let any = !calls.is_empty();
+        let started = Instant::now();
         for mut call in calls {
-            if since.elapsed() > TOGETHER_TIME_MAX {
+            if started.elapsed() > TOGETHER_TIME_MAX {
                 drop(tokio::spawn(call));
                 continue;
             }
@@ -130,7 +114,6 @@ impl<C: Future> Future for Batched<C> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<C::Output> {
         let mut this = self.project();
-        this.calls.lock().since = Instant::now();
         loop {
             let polled = this.connection.as_mut().poll(context);
             // What was read before the connection ended is done all the same.
@@ -165,24 +148,13 @@ mod tests {
     async fn calls_behind_a_long_one_are_tasks() {
         let (sender, mut ended) = mpsc::unbounded_channel();
         let calls = Calls::default();
-        let queue = calls.queue();
-        // As many at once as are answered together, and one more.
-        let mut read = Some(move || {
-            queue.execute(call(2 * TOGETHER_TIME_MAX, &sender));
-            for _ in 0..TOGETHER_MAX {
-                queue.execute(call(Duration::ZERO, &sender));
-            }
-        });
-        let connection = future::poll_fn(move |_| {
-            read.take().map_or(Poll::Ready(()), |read| {
-                read();
-                Poll::Pending
-            })
-        });
-        Batched::new(connection, calls).await;
+        for time in [2 * TOGETHER_TIME_MAX, Duration::ZERO, Duration::ZERO] {
+            calls.queue().execute(call(time, &sender));
+        }
+        assert!(calls.answer());
         let own = tokio::task::try_id();
         assert_eq!(ended.recv().await, Some(own), "the long one");
-        for _ in 0..TOGETHER_MAX {
+        for _ in 0..2 {
             let task = ended.recv().await.flatten();
             assert!(task.is_some() && task != own, "was {task:?}");
         }
